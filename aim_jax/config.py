@@ -1,0 +1,326 @@
+"""Experiment configs: frozen dataclasses, loaded from Python files, overridden by flags.
+
+A config file assigns `CONFIG = config.Config(...)`. Fields whose default is None and that
+`PRESETS` lists take the value of the chosen preset (`method.preset`) unless they are set.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import runpy
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import aim_jax
+from aim_jax import methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The frozen base: `embedded` or a Hugging Face directory."""
+
+    path: str = "embedded"
+    dtype: str = "float32"
+    dropout: float | None = None  # the model's own; None: as its config.json says
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The stream of tasks and how its text becomes batches."""
+
+    benchmark: str = "synthetic"
+    root: str | None = None
+    order: int | None = None
+    tasks: tuple[str, ...] = ()  # a stream of one's own; overrides `order`
+    limit_train: int | None = None
+    limit_dev: int | None = None
+    limit_test: int | None = None
+    seed: int = 0  # of the generated tasks
+    max_input: int = 1024
+    max_target: int = 128
+    buckets: tuple[int, ...] = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    target_buckets: tuple[int, ...] = (8, 32, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The rehearsal memory: rows of earlier tasks."""
+
+    percent: float = 2.0
+    rule: str | None = None  # `release` or `exact`
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """One task's training."""
+
+    seed: int = 42
+    epochs: int = 10
+    batch_size: int = 32
+    micro_batch_size: int | None = None  # None: the whole batch at once
+    learning_rate: float = 3e-4
+    warmup_steps: int = 50
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    average: str | None = None  # `micro_batch`: mean of means; `token`: one mean
+    eval_every: int = 40
+    validation_rows: int = 25  # per task seen so far
+    validation_leaks: bool | None = None  # keep validation rows that are test rows
+    single_holdout: float | None = None  # part of train that validates single-task runs
+    select: str = "best"  # the adapter of a task: `best` dev loss or `last`
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The low-rank delta, in PEFT's terms."""
+
+    r: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target: tuple[str, ...] = ("q", "v")  # module names, or one regular expression
+    use_rslora: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Decoding and scoring."""
+
+    fwt: bool = True
+    batch_size: int = 64
+    max_length: int = 128  # decoder tokens, the start token included
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Devices."""
+
+    mode: str = "auto"  # `auto`, `pmap` or `jit`
+    speculate: bool = True  # send a step before the signals of the last one are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Logs:
+    """What is shown while a run goes on."""
+
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    model: Model = Model()
+    data: Data = Data()
+    memory: Memory = Memory()
+    train: Train = Train()
+    lora: Lora = Lora()
+    method: methods.Options = methods.Options(name="aim")
+    eval: Eval = Eval()
+    parallel: Parallel = Parallel()
+    logs: Logs = Logs()
+
+
+# A run may go on under other values of these sections.
+INCIDENTAL = ("parallel", "logs")
+
+PRESETS = {
+    "release": {
+        "memory.rule": "release",
+        "train.average": "micro_batch",
+        "train.validation_leaks": True,
+        "train.single_holdout": 0.1,
+        "method.divisor": "planned",
+        "method.trend": "ratio",
+        "method.probe_dropout": True,
+        "method.loss_scale": "accumulation",
+    },
+    "paper": {
+        "memory.rule": "exact",
+        "train.average": "token",
+        "train.validation_leaks": False,
+        "train.single_holdout": 0.0,
+        "method.divisor": "taken",
+        "method.trend": "window",
+        "method.probe_dropout": False,
+        "method.loss_scale": "mean",
+    },
+}
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "memory.rule": ("release", "exact"),
+    "train.average": ("micro_batch", "token"),
+    "train.select": ("best", "last"),
+    "method.preset": tuple(PRESETS),
+    "parallel.mode": ("auto", "pmap", "jit"),
+}
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> Config:
+    """The config of a Python file after `a.b=value` overrides, presets filled in.
+
+    Raises InputError for a missing file, a file without CONFIG, an unknown field (listing
+    those there are) or a value of the wrong type.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+        raise aim_jax.InputError(
+            f"--config: no file '{path}'; configs here: {', '.join(near) or 'none'}"
+        )
+    config = runpy.run_path(str(file)).get("CONFIG")
+    if not isinstance(config, Config):
+        raise aim_jax.InputError(f"{path}: must assign CONFIG = config.Config(...)")
+    # The method decides which `method.*` fields there are, so its name comes first.
+    overrides = sorted(overrides, key=lambda o: not o.startswith("method.name="))
+    for text in overrides:
+        config = override(config, text)
+    return resolve(config)
+
+
+def override(config: Config, text: str) -> Config:
+    """`config` with one `a.b=value` applied."""
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise aim_jax.InputError(f"--set {text}: must look like section.field=value")
+    section, _, field = path.partition(".")
+    _check(section, [f.name for f in dataclasses.fields(config)], "section", text)
+    part = getattr(config, section)
+    _check(field, [f.name for f in dataclasses.fields(part)], f"{section} field", text)
+    if path == "method.name":
+        part = _method(value, dataclasses.asdict(part))
+    else:
+        kind = typing.get_type_hints(type(part))[field]
+        part = dataclasses.replace(part, **{field: _parse(path, value, kind)})
+    return dataclasses.replace(config, **{section: part})
+
+
+def resolve(config: Config) -> Config:
+    """`config` with the fields its preset decides filled in, and every value checked."""
+    if type(config.method) is methods.Options:
+        config = dataclasses.replace(
+            config,
+            method=_method(config.method.name, dataclasses.asdict(config.method)),
+        )
+    _choice(config, "method.preset")
+    for path, value in PRESETS[config.method.preset].items():
+        section, field = path.split(".")
+        part = getattr(config, section)
+        if getattr(part, field, value) is None:
+            part = dataclasses.replace(part, **{field: value})
+            config = dataclasses.replace(config, **{section: part})
+    for path in CHOICES:
+        _choice(config, path)
+    _positive(config)
+    return config
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """`config` as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(data: dict[str, Any]) -> Config:
+    """The config that `to_json` gave `data` for."""
+    parts = {}
+    for field in dataclasses.fields(Config):
+        values = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in data[field.name].items()
+        }
+        kind = field.type
+        if field.name == "method":
+            kind = methods.module(values["name"]).Options
+        parts[field.name] = kind(**values)
+    return Config(**parts)
+
+
+def sha256(config: Config) -> str:
+    """Hash of everything in `config` that can change a result."""
+    data = {k: v for k, v in to_json(config).items() if k not in INCIDENTAL}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Lines `path: value in a, not value in b` for the fields that can change a result."""
+    a, b = to_json(a), to_json(b)
+    lines = []
+    for section in (s for s in a if s not in INCIDENTAL):
+        for field in sorted(a[section].keys() | b[section].keys()):
+            x, y = (c[section].get(field, "unset") for c in (a, b))
+            if x != y:
+                lines.append(f"{section}.{field}: {x}, not {y}")
+    return lines
+
+
+def _method(name: str, values: dict[str, Any]) -> methods.Options:
+    kind = methods.module(name).Options
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{k: v for k, v in values.items() if k in known} | {"name": name})
+
+
+def _check(name: str, known: list[str], what: str, text: str) -> None:
+    if name not in known:
+        raise aim_jax.InputError(
+            f"--set {text}: no {what} '{name}'; there are {', '.join(known)}"
+        )
+
+
+def _parse(path: str, text: str, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(
+            _parse(path, t.strip(), item) for t in text.split(",") if t.strip()
+        )
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise aim_jax.InputError(
+            f"--set {path}={text}: must be {kind.__name__}"
+        ) from None
+
+
+def _choice(config: Config, path: str) -> None:
+    section, field = path.split(".")
+    value = getattr(getattr(config, section), field)
+    if value not in CHOICES[path]:
+        raise aim_jax.InputError(
+            f"{path}: no '{value}'; there are {', '.join(CHOICES[path])}"
+        )
+
+
+def _positive(config: Config) -> None:
+    """Raise InputError for a count that is not at least one."""
+    train, data = config.train, config.data
+    counts = {
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.eval_every": train.eval_every,
+        "memory.batch_size": config.memory.batch_size,
+        "eval.batch_size": config.eval.batch_size,
+        "lora.r": config.lora.r,
+        "data.limit_train": data.limit_train,
+        "data.limit_dev": data.limit_dev,
+        "data.limit_test": data.limit_test,
+    }
+    for path, value in counts.items():
+        if value is not None and value < 1:
+            raise aim_jax.InputError(f"{path}: {value} must be at least 1")
+    micro = train.micro_batch_size
+    if micro and train.batch_size % micro:
+        raise aim_jax.InputError(
+            f"train.micro_batch_size: {micro} does not divide batch size"
+            f" {train.batch_size}"
+        )

@@ -1,0 +1,1 @@
+"""The stream: benchmark folders and generated text, memory, batches."""

@@ -1,0 +1,213 @@
+"""Text to batches: tokenize, pad to a bounded set of shapes, weigh the target tokens.
+
+Which rows make a batch depends on integers alone (seed, task, step), never on what was
+drawn before: a resumed or repeated step sees the same rows.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import aim_jax
+from aim_jax import config
+from aim_jax.data import memory
+
+Batch = dict[str, np.ndarray]
+Row = dict[str, str]
+
+
+class Example(NamedTuple):
+    """Token ids of one row: `inputs` with what the tokenizer adds, `targets` with eos."""
+
+    id: str
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class Text(NamedTuple):
+    """What turns rows into arrays.
+
+    tokenizer: a Hugging Face tokenizer; kind: `encdec` or `decoder`
+    (`aim_jax.models`); data: lengths and buckets; count: rows are padded to a multiple
+    of it (the number of devices).
+    """
+
+    tokenizer: Any
+    kind: str
+    data: config.Data
+    count: int = 1
+
+
+def tokenizer(folder: pathlib.Path) -> Any:
+    """The tokenizer of a Hugging Face directory. Raises InputError if it does not load."""
+    import transformers  # slow to import, and only this function needs it
+
+    try:
+        # Lengths are ours to decide: without a limit the tokenizer does not warn.
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            folder, model_max_length=1 << 30
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise aim_jax.InputError(f"{folder}: no tokenizer: {reason}") from None
+    if loaded.eos_token_id is None:
+        raise aim_jax.InputError(f"{folder}: the tokenizer has no end token (eos)")
+    return loaded
+
+
+def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Example]:
+    """Token ids of rows; inputs cut to `data.max_input`, targets to `data.max_target`.
+
+    As the release does (semantics.md 1.4): no prefix, one end token, test inputs whole.
+    """
+    if not rows:
+        return []
+    eos = text.tokenizer.eos_token_id
+    inputs = text.tokenizer([r["input"] for r in rows])["input_ids"]
+    outputs = [r["output"] for r in rows]
+    if text.kind == "decoder":
+        outputs = [" " + o for o in outputs]
+    targets = text.tokenizer(outputs, add_special_tokens=False)["input_ids"]
+    limit = text.data.max_input if truncate else None
+    examples = []
+    for row, source, target in zip(rows, inputs, targets, strict=True):
+        if limit and len(source) > limit:
+            # The last token is the end token where the tokenizer adds one.
+            source = [*source[: limit - 1], source[-1]]
+        target = [*target[: text.data.max_target - 1], eos]
+        examples.append(
+            Example(row["id"], np.array(source, np.int32), np.array(target, np.int32))
+        )
+    return examples
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `length`; beyond the last, a multiple of the last."""
+    for size in buckets:
+        if length <= size:
+            return size
+    return -(-length // buckets[-1]) * buckets[-1]
+
+
+def collate(
+    text: Text, examples: Sequence[Sequence[Example]], rows: int, average: str = "token"
+) -> Batch:
+    """Micro-batches of examples as one batch of leaves (micro-batches, rows, length).
+
+    inputs int32, mask bool, targets int32, weights float32. Empty rows fill up. The
+    weights are 1 at target tokens, so that sum(weights * loss) / count is the mean over
+    tokens; for `average` 'micro_batch' they make it the mean of micro-batch means.
+    """
+    everything = [e for micro in examples for e in micro]
+    width = bucket(
+        max(len(e.targets) for e in everything), sorted(text.data.target_buckets)
+    )
+    longest = max(map(_length(text), everything))
+    length = bucket(longest, sorted(text.data.buckets))
+    rows = -(-rows // text.count) * text.count
+    shape = (len(examples), rows)
+    batch = {
+        "inputs": np.zeros((*shape, length), np.int32),
+        "mask": np.zeros((*shape, length), bool),
+        "targets": np.zeros((*shape, width), np.int32),
+        "weights": np.zeros((*shape, width), np.float32),
+    }
+    total = sum(len(e.targets) for e in everything)
+    for m, micro in enumerate(examples):
+        weight = 1.0
+        if average == "micro_batch":
+            weight = total / (len(examples) * sum(len(e.targets) for e in micro))
+        for r, example in enumerate(micro):
+            _fill({k: v[m, r] for k, v in batch.items()}, example, text.kind, weight)
+    return batch
+
+
+def _length(text: Text):
+    if text.kind == "encdec":
+        return lambda e: len(e.inputs)
+    return lambda e: len(e.inputs) + len(e.targets) - 1
+
+
+def _fill(row: Batch, example: Example, kind: str, weight: float) -> None:
+    """Write one example into the arrays of its row."""
+    n = len(example.targets)
+    if kind == "encdec":
+        tokens, place, ends = example.inputs, slice(len(example.inputs)), slice(n)
+    else:
+        # Right-aligned, so that the last positions of every row predict its targets.
+        tokens = np.concatenate([example.inputs, example.targets])[:-1]
+        place, ends = slice(-len(tokens), None), slice(-n, None)
+    row["inputs"][place] = tokens
+    row["mask"][place] = True
+    row["targets"][ends] = example.targets
+    row["weights"][ends] = weight
+
+
+def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
+    """Inputs to decode from, leaves (rows, length): `inputs` and `mask`."""
+    length = bucket(max(len(e.inputs) for e in examples), sorted(text.data.buckets))
+    rows = -(-rows // text.count) * text.count
+    inputs = np.zeros((rows, length), np.int32)
+    mask = np.zeros((rows, length), bool)
+    for r, example in enumerate(examples):
+        n = len(example.inputs)
+        place = slice(n) if text.kind == "encdec" else slice(-n, None)
+        inputs[r, place], mask[r, place] = example.inputs, True
+    return {"inputs": inputs, "mask": mask}
+
+
+def total_steps(count: int, cfg: config.Train) -> int:
+    """Optimizer steps of a task with `count` rows (semantics.md 2.2)."""
+    micro = cfg.micro_batch_size or cfg.batch_size
+    return max(1, cfg.epochs * -(-count // micro) // (cfg.batch_size // micro))
+
+
+def step_rows(
+    count: int, cfg: config.Train, key: Sequence[int], step: int
+) -> list[np.ndarray]:
+    """Row numbers of each micro-batch of `step` (1-based).
+
+    A new order every epoch; the last micro-batch of an epoch may be short, and the
+    micro-batches of a step may straddle epochs (semantics.md 2.3).
+    """
+    micro = cfg.micro_batch_size or cfg.batch_size
+    accumulation = cfg.batch_size // micro
+    per_epoch = -(-count // micro)
+    chosen = []
+    for number in range((step - 1) * accumulation, step * accumulation):
+        epoch, position = divmod(number, per_epoch)
+        order = memory.order(count, (*key, epoch))
+        chosen.append(order[position * micro : (position + 1) * micro])
+    return chosen
+
+
+def validation_batches(
+    text: Text, examples: Sequence[Example], rows: int, average: str
+) -> list[Batch]:
+    """Batches whose weighted loss sums to the validation loss.
+
+    average 'micro_batch': the row-weighted mean over batches of 8 rows, in order, of
+    their token means, as the release (semantics.md 4.1); 'token': the mean over tokens.
+    The rows are sorted by length into fewer, fuller batches: the weights carry the rule.
+    """
+    if average == "token":
+        weight = dict.fromkeys(
+            range(len(examples)), 1 / sum(len(e.targets) for e in examples)
+        )
+    else:
+        weight = {}
+        for start in range(0, len(examples), 8):
+            group = examples[start : start + 8]
+            share = len(group) / (len(examples) * sum(len(e.targets) for e in group))
+            weight |= dict.fromkeys(range(start, start + len(group)), share)
+    order = sorted(weight, key=lambda i: _length(text)(examples[i]))
+    made = []
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        batch = collate(text, [[examples[i] for i in chosen]], rows)
+        for r, i in enumerate(chosen):
+            batch["weights"][0, r] *= weight[i]
+        made.append(batch)
+    return made

@@ -1,0 +1,134 @@
+"""The low-rank delta: a tree of A (r, in) and B (out, r) beside the weights it changes.
+
+Source: Hu et al. 2021 (arXiv 2106.09685); defaults and names as PEFT's LoraConfig.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import aim_jax
+from aim_jax import config
+
+Tree = dict[str, Any]
+
+
+def scale(cfg: config.Lora) -> float:
+    """alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023)."""
+    return cfg.alpha / (cfg.r**0.5 if cfg.use_rslora else cfg.r)
+
+
+def dense(keys: dict[str, str]) -> dict[str, str]:
+    """Paths of the modules that can have a delta -> their Hugging Face module names.
+
+    Those are the dense layers of the stacks; embeddings, heads and norms cannot.
+    """
+    return {
+        path.removesuffix("/weight"): name.removesuffix(".weight")
+        for path, name in keys.items()
+        if path.endswith("/weight")
+        and "norm" not in path
+        and {"layers", "last"} & set(path.split("/"))
+    }
+
+
+def named(keys: dict[str, str], cfg: config.Lora) -> bool:
+    """Whether `lora.target` gives module names, not one regular expression (PEFT)."""
+    modules = dense(keys).values()
+    return len(cfg.target) > 1 or any(_ends(n, cfg.target[0]) for n in modules)
+
+
+def targets(keys: dict[str, str], cfg: config.Lora) -> dict[str, str]:
+    """Paths of the modules that `lora.target` names -> their Hugging Face module names.
+
+    As PEFT: several names match a module's last part; one entry alone that is no such
+    name is a regular expression for the whole module name, which must treat all layers
+    alike. Raises InputError where nothing matches, listing the names there are.
+    """
+    modules = dense(keys)
+    if not cfg.target:
+        unmatched, found = ["(empty)"], {}
+    elif named(keys, cfg):
+        found = {
+            p: n for p, n in modules.items() if any(_ends(n, t) for t in cfg.target)
+        }
+        unmatched = [
+            t for t in cfg.target if not any(_ends(n, t) for n in found.values())
+        ]
+    else:
+        try:
+            pattern = re.compile(cfg.target[0])
+        except re.error as error:
+            raise aim_jax.InputError(f"lora.target: bad pattern: {error}") from None
+        found = {p: n for p, n in modules.items() if pattern.fullmatch(n.format(0))}
+        unmatched = [] if found else list(cfg.target)
+    if unmatched:
+        last = sorted({n.rpartition(".")[2] for n in modules.values()})
+        raise aim_jax.InputError(
+            f"lora.target: no module '{', '.join(unmatched)}'; there are {', '.join(last)}"
+        )
+    return found
+
+
+def init(key: jax.Array, params: Tree, keys: dict[str, str], cfg: config.Lora) -> Tree:
+    """A fresh float32 delta: A uniform in +-1/sqrt(in), B zero, as PEFT initialises.
+
+    params: base tree, or its shapes. Layers stacked on a leading axis stay stacked.
+    """
+    delta: Tree = {}
+    for number, path in enumerate(sorted(targets(keys, cfg))):
+        node: Any = params
+        for part in path.split("/"):
+            node = node[part]
+        *layers, out, width = node["weight"].shape
+        a = jax.random.uniform(
+            jax.random.fold_in(key, number),
+            (*layers, cfg.r, width),
+            jnp.float32,
+            -(width**-0.5),
+            width**-0.5,
+        )
+        place = delta
+        for part in path.split("/"):
+            place = place.setdefault(part, {})
+        place.update(a=a, b=jnp.zeros((*layers, out, cfg.r), jnp.float32))
+    return delta
+
+
+def bind(delta: Tree, cfg: config.Lora, train: bool = False) -> Tree:
+    """The `lora` collection of a model: B scaled, and the dropout rate when training."""
+
+    def module(a: jax.Array, b: jax.Array) -> Tree:
+        bound = {"a": a, "b": b * scale(cfg)}
+        if train and cfg.dropout:
+            bound["rate"] = jnp.full(a.shape[:-2], cfg.dropout, a.dtype)
+        return bound
+
+    return map_modules(module, delta)
+
+
+def fold(params: Tree, delta: Tree, cfg: config.Lora) -> Tree:
+    """The base tree with scale * B A added to the weights that have a delta."""
+
+    def walk(base: Tree, low: Tree) -> Tree:
+        if "a" in low:
+            change = scale(cfg) * jnp.einsum("...or,...ri->...oi", low["b"], low["a"])
+            weight = base["weight"]
+            folded = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+            return {**base, "weight": folded}
+        return {k: walk(v, low[k]) if k in low else v for k, v in base.items()}
+
+    return walk(params, delta)
+
+
+def map_modules(function: Any, delta: Tree) -> Tree:
+    """The delta's tree with each module {a, b} replaced by `function(a, b)`."""
+    if "a" in delta:
+        return function(delta["a"], delta["b"])
+    return {k: map_modules(function, v) for k, v in delta.items()}
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")

@@ -1,0 +1,99 @@
+"""The contract of a continual-learning method: a NamedTuple of optional hooks.
+
+A method is one file of this folder. It defines `Options`, a frozen dataclass that extends
+`methods.Options` with the method's own fields, and `make(options) -> Method`. The name of
+the file is the name of the method. No method owns a loop, compiles or places anything.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import aim_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fields that every method has."""
+
+    name: str = ""
+    preset: str = "release"
+
+
+class Memo(NamedTuple):
+    """What a method remembers: saved with the state, of fixed shapes.
+
+    arrays: pytree of device arrays, an argument of the compiled train step.
+    host: a JSON-able frozen dataclass (or None) that only the host sees.
+    """
+
+    arrays: Any = ()
+    host: Any = None
+
+
+class Signals(NamedTuple):
+    """What the host reads after a step: plain numbers.
+
+    step: number of the step in its task, from 1; total: steps of the task; history: loss
+    on a memory batch after the step (None where there is no memory or no probe).
+    """
+
+    step: int
+    total: int
+    loss: float
+    grad_norm: float
+    lr: float
+    movement: float
+    history: float | None
+
+
+class Tools(NamedTuple):
+    """Compiled functions that a method may call.
+
+    rehearse(state, step, count) -> (state, losses): `count` updates on memory batches,
+        drawn for this step; losses: their loss before each update, host floats
+    fuse(origin, inner, outer, w_in, w_out) -> (delta, motion): `fusion.fuse`
+    """
+
+    rehearse: Callable
+    fuse: Callable
+
+
+class Method(NamedTuple):
+    """Hooks of a method, each optional.
+
+    memory: the method needs the rehearsal memory of earlier tasks.
+    probe: the loss on a memory batch is measured after every step of a task with memory.
+    start(delta) -> memo                              host, once a run
+    before_task(tools, state, memo) -> (state, memo)  host
+    after_step(tools, state, memo, signals) -> (state, memo, record or None)
+        host; a state other than the one given means that a merge took place, and `record`
+        (a flat dict) becomes a row of merges.jsonl
+    after_task(tools, state, memo) -> (state, memo)   host
+    status(memo) -> dict                              host, shown beside the losses
+    """
+
+    memory: bool = False
+    probe: bool = False
+    start: Callable | None = None
+    before_task: Callable | None = None
+    after_step: Callable | None = None
+    after_task: Callable | None = None
+    status: Callable | None = None
+
+
+def names() -> list[str]:
+    """Names of all methods, in alphabetical order."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def module(name: str) -> ModuleType:
+    """The module of a method. Raises InputError that lists the methods for another name."""
+    if name not in names():
+        raise aim_jax.InputError(
+            f"method.name: no method '{name}'; there are {', '.join(names())}"
+        )
+    return importlib.import_module(f"{__name__}.{name}")

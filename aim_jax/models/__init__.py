@@ -1,0 +1,45 @@
+"""Model families: one file each.
+
+A family is a module of this folder with
+
+    KIND                  `encdec` or `decoder`
+    Config                frozen dataclass; config_from_hf(dict) -> Config
+    Model(config)         Linen module, see below
+    keys(config) -> dict  path of each parameter -> Hugging Face name, `{}` = layer number
+    IGNORED               regular expressions of names that checkpoints repeat or no one needs
+
+and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool and `targets`
+(b, k) int32,
+
+    __call__(batch) -> float32 logits (b, k, v), those that predict `targets`
+    prefill(batch, length) -> (float32 logits (b, v) of the first new token, cache)
+    step(token (b,), cache) -> (float32 logits (b, v) of the next token, cache)
+
+where `length` new tokens at most fit the cache. For an `encdec` family `inputs` feed the
+encoder. For a `decoder` family rows are right-aligned: `inputs` are prompt and answer
+without the last token, and the last k positions predict `targets`.
+"""
+
+import importlib
+from types import ModuleType
+
+import aim_jax
+
+FAMILIES = {
+    "gemma3_text": "gemma3",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen3",
+    "qwen3": "qwen3",
+    "t5": "t5",
+}
+
+
+def family(model_type: str) -> ModuleType:
+    """The module of a Hugging Face `model_type`; InputError lists the supported ones."""
+    if model_type not in FAMILIES:
+        raise aim_jax.InputError(
+            f"config.json: model_type '{model_type}' is not supported; supported are"
+            f" {', '.join(sorted(FAMILIES))}"
+        )
+    return importlib.import_module(f"{__name__}.{FAMILIES[model_type]}")

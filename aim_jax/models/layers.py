@@ -1,0 +1,157 @@
+"""Layers that every family shares; a Dense layer takes its low-rank delta as data.
+
+Einsum letters and shape suffixes: b batch, t query position, s key position, h query
+head, k key/value head, g query heads per key/value head, d head width, i input features,
+o output features, r rank, v vocabulary. Weights keep the [out, in] layout of Hugging Face.
+Dropout is active exactly when a `dropout` random key is passed to `apply`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+# Finite, so that a row without any visible position stays free of NaN.
+MASKED = -1e9
+
+
+class Dense(nn.Module):
+    """x W^T + bias, plus (x A^T) B^T where the `lora` collection holds A (r, i), B (o, r).
+
+    B comes already multiplied by the scale (`lora.bind`). An entry `rate` beside them is
+    the dropout rate of the input of A (PEFT's lora_dropout).
+    """
+
+    features: int
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param(
+            "weight", nn.initializers.normal(0.02), (self.features, x.shape[-1])
+        )
+        y = jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name) for name in "ab")
+            x = x.astype(a.dtype)
+            if self.has_variable("lora", "rate") and self.has_rng("dropout"):
+                keep = 1 - self.get_variable("lora", "rate")
+                kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+                x = jnp.where(kept, x / keep, 0)
+            x = jnp.einsum("...i,ri->...r", x, a)
+            y = y + jnp.einsum("...r,or->...o", x, b).astype(y.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times a weight, in float32; `offset` 1 for weights stored as w - 1."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.initializers.constant(1.0 - self.offset)
+        weight = self.param("weight", ones, (x.shape[-1],)).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
+        return (x32 * (weight + self.offset)).astype(x.dtype)
+
+
+class Embed(nn.Module):
+    """Token embeddings (v, i); `attend` gives float32 logits against the same table."""
+
+    vocab: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.weight = self.param(
+            "weight", nn.initializers.normal(1.0), (self.vocab, self.features)
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.weight, tokens, axis=0).astype(self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return logits(x, self.weight)
+
+
+def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Float32 logits (..., v) of x (..., i) against a table (v, i) in x's precision."""
+    return jnp.einsum(
+        "...i,vi->...v",
+        x,
+        weight.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """(b, t, h*d) as (b, h, t, d)."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """(b, h, t, d) as (b, t, h*d)."""
+    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def attend(
+    q_bhtd: jax.Array,
+    k_bksd: jax.Array,
+    v_bksd: jax.Array,
+    bias: jax.Array,
+    dropout: Callable[[jax.Array], jax.Array] = lambda p: p,
+) -> jax.Array:
+    """Softmax attention (b, h, t, d); softmax in float32.
+
+    bias: float32 that broadcasts to (b, h, t, s), MASKED at invisible positions. Heads are
+    grouped onto fewer key/value heads where there are (grouped-query attention).
+    """
+    b, h, t, d = q_bhtd.shape
+    k = k_bksd.shape[1]
+    q_bkgtd = q_bhtd.reshape(b, k, h // k, t, d)
+    scores = jnp.einsum(
+        "bkgtd,bksd->bkgts", q_bkgtd, k_bksd, preferred_element_type=jnp.float32
+    ).reshape(b, h, t, -1)
+    weights = dropout(jax.nn.softmax(scores + bias).astype(v_bksd.dtype))
+    weights = weights.reshape(b, k, h // k, t, -1)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v_bksd)
+    return out.reshape(b, h, t, d)
+
+
+def mask_bias(visible: jax.Array) -> jax.Array:
+    """Float32 bias: 0 where `visible` (bool), MASKED elsewhere."""
+    return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
+
+
+def stack(
+    layer: type[nn.Module], count: int, shared: int, remat: bool
+) -> type[nn.Module]:
+    """`layer` repeated `count` times by a scan: weights stacked on axis 0.
+
+    The layer maps (x, cache slice, *shared arguments) to (x, new cache slice).
+    """
+    if remat:
+        layer = nn.remat(layer, prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, *(nn.broadcast,) * shared),
+        length=count,
+    )

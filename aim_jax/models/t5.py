@@ -1,0 +1,371 @@
+"""T5 (v1.0: relu, tied head) and T5 v1.1 / Flan-T5 (gated GELU, untied head).
+
+Source: Raffel et al. 2020 (arXiv 1910.10683), names and numerics as Hugging Face's
+T5ForConditionalGeneration.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import aim_jax
+from aim_jax.models import layers
+
+KIND = "encdec"
+# Copies of the shared embedding, and a bias that the first releases stored but never used.
+IGNORED = (
+    r"(encoder|decoder)\.embed_tokens\.weight",
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a T5."""
+
+    vocab: int
+    width: int
+    head_width: int
+    heads: int
+    mlp: int
+    encoder_layers: int
+    decoder_layers: int
+    buckets: int
+    max_distance: int
+    eps: float
+    activation: str
+    gated: bool
+    tied: bool
+    start: int
+    dropout: float
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+
+def config_from_hf(hf: dict[str, Any]) -> Config:
+    """Config of a parsed config.json. Raises InputError for an unknown activation."""
+    gated, _, activation = hf.get("feed_forward_proj", "relu").rpartition("-")
+    if gated and activation == "gelu":
+        activation = "gelu_new"
+    if gated not in ("", "gated") or activation not in layers.ACTIVATIONS:
+        raise aim_jax.InputError(
+            f"config.json: feed_forward_proj '{hf['feed_forward_proj']}' is not supported;"
+            f" [gated-] before one of {', '.join(layers.ACTIVATIONS)} is"
+        )
+    return Config(
+        vocab=hf["vocab_size"],
+        width=hf["d_model"],
+        head_width=hf["d_kv"],
+        heads=hf["num_heads"],
+        mlp=hf["d_ff"],
+        encoder_layers=hf["num_layers"],
+        decoder_layers=hf.get("num_decoder_layers") or hf["num_layers"],
+        buckets=hf["relative_attention_num_buckets"],
+        max_distance=hf.get("relative_attention_max_distance", 128),
+        eps=hf["layer_norm_epsilon"],
+        activation=activation,
+        gated=bool(gated),
+        tied=hf.get("tie_word_embeddings", True),
+        start=hf.get("decoder_start_token_id", 0) or 0,
+        dropout=hf["dropout_rate"],
+    )
+
+
+def keys(config: Config) -> dict[str, str]:
+    """Path of each parameter -> its Hugging Face name with `{}` for the layer number."""
+    table = {"shared/weight": "shared.weight"}
+    if not config.tied:
+        table["head/weight"] = "lm_head.weight"
+    mlp = ("wi_0", "wi_1", "wo") if config.gated else ("wi", "wo")
+    for side, cross in (("encoder", False), ("decoder", True)):
+        block = f"{side}.block.{{}}.layer"
+        parts = [("attention", 0, "SelfAttention", "qkvo")]
+        if cross:
+            parts.append(("cross", 1, "EncDecAttention", "qkvo"))
+        parts.append(("mlp", 1 + cross, "DenseReluDense", mlp))
+        for ours, index, theirs, names in parts:
+            path = f"{side}/layers/{ours}"
+            table[f"{path}_norm/weight"] = f"{block}.{index}.layer_norm.weight"
+            for name in names:
+                table[f"{path}/{name}/weight"] = (
+                    f"{block}.{index}.{theirs}.{name}.weight"
+                )
+        table[f"{side}/relative/weight"] = (
+            f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        )
+        table[f"{side}/norm/weight"] = f"{side}.final_layer_norm.weight"
+    return table
+
+
+@functools.lru_cache
+def relative_buckets(
+    queries: int, keys: int, bidirectional: bool, buckets: int, max_distance: int
+) -> np.ndarray:
+    """Bucket (queries, keys) int32 of each relative position: exact when near, then log.
+
+    Source: Raffel et al. 2020, section 2.1.
+    """
+    distance = np.arange(keys)[None] - np.arange(queries)[:, None]
+    first = np.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        first = np.where(distance > 0, buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # float32 all the way: a bucket border must fall where PyTorch puts it.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    ratio = (
+        ratio / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)
+    )
+    far = np.minimum(exact + ratio.astype(np.int32), buckets - 1)
+    return (first + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    """Float32 attention bias (1, h, queries, keys), shared by all layers of a stack."""
+
+    config: Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int) -> jax.Array:
+        c = self.config
+        shape = (c.buckets, c.heads)
+        weight = self.param("weight", nn.initializers.normal(0.1), shape)
+        table = relative_buckets(
+            queries, keys, self.bidirectional, c.buckets, c.max_distance
+        )
+        return weight.astype(jnp.float32)[table].transpose(2, 0, 1)[None]
+
+
+class Attention(nn.Module):
+    """T5 attention (b, t, i): scores are not scaled, the position is in the bias."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        source: jax.Array | None,
+        bias: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        index: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The output, and the keys and values it saw, each (b, h, s, d).
+
+        source: what keys and values are made of; None takes those of `cache`. With an
+        `index` the new keys and values are written into `cache` at that position.
+        """
+        c = self.config
+
+        def dense(name: str, features: int = c.heads * c.head_width) -> layers.Dense:
+            return layers.Dense(features, dtype=c.dtype, name=name)
+
+        def heads(name: str, y: jax.Array) -> jax.Array:
+            return layers.split_heads(dense(name)(y), c.heads)
+
+        q_bhtd = heads("q", x)
+        if source is not None:
+            new = heads("k", source), heads("v", source)
+            if index is not None:
+                new = jax.tree.map(
+                    lambda old, kv: jax.lax.dynamic_update_slice_in_dim(
+                        old, kv, index, axis=2
+                    ),
+                    cache,
+                    new,
+                )
+            cache = new
+        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        out = layers.attend(q_bhtd, *cache, bias, dropout)
+        return dense("o", c.width)(layers.merge_heads(out)), cache
+
+
+class MLP(nn.Module):
+    """Feed-forward block, gated or not."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def dense(name: str, features: int) -> layers.Dense:
+            return layers.Dense(features, dtype=c.dtype, name=name)
+
+        act = layers.ACTIVATIONS[c.activation]
+        if c.gated:
+            h = act(dense("wi_0", c.mlp)(x)) * dense("wi_1", c.mlp)(x)
+        else:
+            h = act(dense("wi", c.mlp)(x))
+        h = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(h)
+        return dense("wo", c.width)(h)
+
+
+class Layer(nn.Module):
+    """One encoder or decoder block: (x, cache) -> (x, cache); the encoder has no cache."""
+
+    config: Config
+    cross: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: dict[str, Any] | None,
+        encoded: jax.Array | None,
+        bias: jax.Array,
+        cross_bias: jax.Array | None,
+        index: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, Any] | None]:
+        c = self.config
+        kept = cache or {}
+        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+
+        def norm(name: str) -> jax.Array:
+            return layers.RMSNorm(c.eps, name=name)(x)
+
+        h = norm("attention_norm")
+        h, own = Attention(c, name="attention")(h, h, bias, kept.get("own"), index)
+        x = x + dropout(h)
+        cross = None
+        if self.cross:
+            h, cross = Attention(c, name="cross")(
+                norm("cross_norm"), encoded, cross_bias, kept.get("cross")
+            )
+            x = x + dropout(h)
+        x = x + dropout(MLP(c, name="mlp")(norm("mlp_norm")))
+        return x, cache and {"own": own, "cross": cross}
+
+
+class Stack(nn.Module):
+    """The layers of one side, from embeddings to the normalised output."""
+
+    config: Config
+    decoder: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        encoded: jax.Array | None,
+        visible: jax.Array,
+        encoder_visible: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+        index: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any] | None]:
+        """Output (b, t, i) and new cache; `visible` broadcasts to (b, 1, t, s)."""
+        c = self.config
+        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        relative = RelativeBias(c, not self.decoder, name="relative")
+        if index is None:
+            bias = relative(x.shape[1], x.shape[1])
+        else:
+            length = visible.shape[-1]
+            bias = jax.lax.dynamic_slice_in_dim(
+                relative(length, length), index, x.shape[1], axis=2
+            )
+        cross_bias = None
+        if self.decoder:
+            cross_bias = layers.mask_bias(encoder_visible)
+        count = c.decoder_layers if self.decoder else c.encoder_layers
+        scanned = layers.stack(Layer, count, 4, c.remat)
+        x, cache = scanned(c, self.decoder, name="layers")(
+            dropout(x),
+            cache,
+            encoded,
+            bias + layers.mask_bias(visible),
+            cross_bias,
+            index,
+        )
+        return dropout(layers.RMSNorm(c.eps, name="norm")(x)), cache
+
+
+class Model(nn.Module):
+    """T5 for conditional generation."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.shared = layers.Embed(c.vocab, c.width, c.dtype)
+        self.encoder = Stack(c, decoder=False)
+        self.decoder = Stack(c, decoder=True)
+        if not c.tied:
+            self.head = layers.Embed(c.vocab, c.width, c.dtype)
+
+    def encode(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Encoder output (b, s, i)."""
+        visible = batch["mask"][:, None, None]
+        return self.encoder(self.shared(batch["inputs"]), None, visible)[0]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Float32 logits of decoder outputs."""
+        c = self.config
+        if c.tied:
+            return self.shared.attend(x * c.width**-0.5)
+        return self.head.attend(x)
+
+    def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Float32 logits (b, k, v) of `targets`, teacher-forced."""
+        targets = batch["targets"]
+        start = jnp.full_like(targets[:, :1], self.config.start)
+        tokens = jnp.concatenate([start, targets[:, :-1]], axis=1)
+        length = tokens.shape[1]
+        causal = np.tril(np.ones((1, 1, length, length), bool))
+        x, _ = self.decoder(
+            self.shared(tokens),
+            self.encode(batch),
+            causal,
+            batch["mask"][:, None, None],
+        )
+        return self.logits(x)
+
+    def prefill(
+        self, batch: dict[str, jax.Array], length: int
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Float32 logits (b, v) of the first token, and the cache for `length` tokens."""
+        c = self.config
+        rows = batch["inputs"].shape[0]
+
+        def empty(positions: int) -> tuple[jax.Array, jax.Array]:
+            shape = (c.decoder_layers, rows, c.heads, positions, c.head_width)
+            return jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)
+
+        cache = {
+            "layers": {"own": empty(length), "cross": empty(0)},
+            "visible": batch["mask"],
+            "index": jnp.zeros((), jnp.int32),
+        }
+        start = jnp.full((rows,), c.start, jnp.int32)
+        return self._advance(start, cache, self.encode(batch))
+
+    def step(
+        self, token: jax.Array, cache: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Float32 logits (b, v) of the token after `token` (b,), and the new cache."""
+        return self._advance(token, cache, None)
+
+    def _advance(
+        self, token: jax.Array, cache: dict[str, Any], encoded: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        index = cache["index"]
+        length = cache["layers"]["own"][0].shape[3]
+        x, kept = self.decoder(
+            self.shared(token[:, None]),
+            encoded,
+            (jnp.arange(length) <= index)[None, None, None],
+            cache["visible"][:, None, None],
+            cache["layers"],
+            index,
+        )
+        cache = {**cache, "layers": kept, "index": index + 1}
+        return self.logits(x[:, 0]), cache

@@ -1,0 +1,307 @@
+"""What a run folder holds, read back: the report and other readers start here."""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import aim_jax
+
+Row = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """What a run wrote about one task of its stream; `number` counts from 1.
+
+    steps, validations, merges: rows of metrics.jsonl and merges.jsonl.
+    predictions: rows of the last evaluation of the task.
+    before: id -> score right after the task was learnt.
+    """
+
+    number: int
+    name: str
+    steps: list[Row]
+    validations: list[Row]
+    merges: list[Row]
+    predictions: list[Row]
+    before: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: `settings` is its config as `a.b` -> value, `date` that of its files."""
+
+    path: pathlib.Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    names: list[str]
+    tasks: list[Task]
+    finished: bool
+    date: str
+    notes: list[str]
+
+    @property
+    def method(self) -> str:
+        return self.results.get("method") or self.settings.get("method.name", "unknown")
+
+    @property
+    def seed(self) -> int | None:
+        return self.results.get("seed", self.settings.get("train.seed"))
+
+    @property
+    def matrix(self) -> list[list[float | None]]:
+        """Scores after each task so far (rows) on every task of the stream (columns)."""
+        width = len(self.names)
+        rows = self.results.get("matrix") or []
+        return [(row + [None] * width)[:width] for row in rows[:width]]
+
+    @property
+    def single(self) -> list[float | None]:
+        """Scores of the single-task runs, empty if there were none."""
+        scores = self.results.get("single") or []
+        return (scores + [None] * len(self.names))[: len(self.names)] if scores else []
+
+    @property
+    def minutes(self) -> float | None:
+        seconds = (self.results.get("seconds") or {}).get("total")
+        return None if seconds is None else seconds / 60
+
+    @property
+    def merges(self) -> int:
+        return sum(len(t.merges) for t in self.tasks)
+
+    @property
+    def stream(self) -> str:
+        benchmark = self.settings.get("data.benchmark", "unknown benchmark")
+        order = self.results.get("order", self.settings.get("data.order"))
+        return benchmark if order is None else f"{benchmark}, order {order}"
+
+    @property
+    def progress(self) -> str:
+        """`finished`, or how far the run has come."""
+        begun = [t for t in self.tasks if t.steps]
+        if self.finished or not begun:
+            return "finished" if self.finished else "unfinished"
+        task = begun[-1]
+        place = f"task {task.number} of {len(self.names)} ({task.name})"
+        return f"unfinished: {place}, step {task.steps[-1]['step']}"
+
+
+def find(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """The run folders among `folders` and directly inside them, each once.
+
+    Raises InputError for a folder that is missing or leads to no run, and for no folder.
+    """
+    found: dict[pathlib.Path, pathlib.Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise aim_jax.InputError(f"{folder}: no such folder; give that of a run")
+        inside = sorted(p for p in folder.iterdir() if _is_run(p))
+        for run in [folder] if _is_run(folder) else inside:
+            found.setdefault(run.resolve(), run)
+        if not inside and not _is_run(folder):
+            raise aim_jax.InputError(
+                f"{folder}: no run here; neither it nor a folder directly in it has"
+                " results.json or metrics.jsonl"
+            )
+    if not found:
+        raise aim_jax.InputError("no folder given; give one or more of runs")
+    return list(found.values())
+
+
+def load(path: pathlib.Path) -> Run:
+    """The run in folder `path`, finished or not.
+
+    Raises InputError with file and line for what is not JSON or lacks a field. A last line
+    without its end is left out of an unfinished run, with a note: it is being written.
+    """
+    settings, results = _object(path / "config.json"), _object(path / "results.json")
+    _check(results, _RESULTS, str(path / "results.json"))
+    finished = bool(results.get("finished", results.get("op") is not None))
+    notes = [] if results else ["there is no results.json yet"]
+    rows = _rows(path / "metrics.jsonl", ("task", "name", "step"), finished, notes)
+    merges = _rows(path / "merges.jsonl", ("task", "name", "step"), finished, notes)
+    predictions = _predictions(path, finished, notes)
+    settings = flatten(settings)
+    names = list(results.get("tasks") or settings.get("data.tasks") or [])
+    count = max([len(results.get("matrix") or []), *(r["task"] + 1 for r in rows)])
+    names += [f"task {i + 1}" for i in range(len(names), count)]
+    for row in rows:
+        names[row["task"]] = row["name"]
+    tasks = []
+    for i, name in enumerate(names):
+        own = [r for r in rows if r["task"] == i]
+        steps = _latest([r for r in own if "validation" not in r])
+        last = steps[-1]["step"] if steps else 0
+        checks = [r for r in own if "validation" in r and r["step"] <= last]
+        merged = [r for r in merges if r["task"] == i and r["step"] <= last]
+        scored = predictions.get(name, ([], {}))
+        tasks.append(
+            Task(i + 1, name, steps, _latest(checks), _latest(merged), *scored)
+        )
+    newest = max(p.stat().st_mtime for p in path.iterdir() if p.name in _MARKS)
+    date = datetime.datetime.fromtimestamp(newest, datetime.UTC)
+    return Run(
+        path=path,
+        settings=settings,
+        results=results,
+        names=names,
+        tasks=tasks,
+        finished=finished,
+        date=f"{date:%Y-%m-%d %H:%M} UTC",
+        notes=notes,
+    )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`tree`, a dict of dicts, as one dict from dotted paths to values."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, list) and all(v is None or _is_number(v) for v in value)
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_NUMBER = "a number", _is_number
+_MARKS = "results.json", "metrics.jsonl"
+_FIELDS: dict[str, _Kind] = {
+    **dict.fromkeys(("task", "step"), ("a whole number", _is_count)),
+    **dict.fromkeys(("name", "input", "label", "prediction"), ("text", _is_text)),
+    "weights": ("a list of numbers", _is_scores),
+    **dict.fromkeys(
+        ("loss", "movement", "history", "threshold", "validation"), _NUMBER
+    ),
+    **dict.fromkeys(("interval", "rehearsal", "next_interval", "flag"), _NUMBER),
+    **dict.fromkeys(("learning", "score"), _NUMBER),
+}
+_RESULTS: dict[str, _Kind] = {
+    "tasks": (
+        "a list of names",
+        lambda v: isinstance(v, list) and all(map(_is_text, v)),
+    ),
+    "matrix": (
+        "a list of lists of scores",
+        lambda v: isinstance(v, list) and all(map(_is_scores, v)),
+    ),
+    "single": ("a list of scores", _is_scores),
+    "seconds": (
+        "an object of numbers",
+        lambda v: isinstance(v, dict) and _is_scores(list(v.values())),
+    ),
+    "versions": ("an object", lambda v: isinstance(v, dict)),
+    **dict.fromkeys(("op", "bwt", "fwt"), _NUMBER),
+}
+
+
+def _is_run(path: pathlib.Path) -> bool:
+    return any((path / name).is_file() for name in _MARKS)
+
+
+def _text(file: pathlib.Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise aim_jax.InputError(f"{file}: not UTF-8 at byte {error.start}") from None
+
+
+def _parse(text: str, where: str) -> Row:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise aim_jax.InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise aim_jax.InputError(f"{where}: must be a JSON object, {{...}}")
+    return value
+
+
+def _object(file: pathlib.Path) -> Row:
+    """The object in `file`, empty if there is no such file."""
+    return _parse(_text(file), str(file)) if file.is_file() else {}
+
+
+def _check(values: Row, kinds: dict[str, _Kind], where: str) -> None:
+    """Raise InputError for a value that is there and of the wrong kind."""
+    for field, (words, good) in kinds.items():
+        if values.get(field) is not None and not good(values[field]):
+            raise aim_jax.InputError(f"{where}: field '{field}' must be {words}")
+
+
+def _rows(
+    file: pathlib.Path, need: tuple[str, ...], finished: bool, notes: list[str]
+) -> list[Row]:
+    """The rows of a JSON-lines file, which have the fields `need`; none without a file."""
+    lines = _text(file).split("\n") if file.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        where = f"{file}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = _parse(line, where)
+        except aim_jax.InputError:
+            if finished or number < len(lines):
+                raise
+            notes.append(f"the last line of {file.name} is cut off and left out")
+            continue
+        for field in need:
+            if row.get(field) is None:
+                raise aim_jax.InputError(f"{where}: field '{field}' is missing")
+        _check(row, _FIELDS, where)
+        rows.append(row)
+    return rows
+
+
+def _latest(rows: list[Row]) -> list[Row]:
+    """`rows` of one task without those that a restart of the task replaced."""
+    kept: list[Row] = []
+    for row in rows:
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def _predictions(
+    path: pathlib.Path, finished: bool, notes: list[str]
+) -> dict[str, tuple[list[Row], dict[str, float]]]:
+    """Task name -> (rows of its last evaluation, id -> score just after learning it)."""
+    last: dict[str, pathlib.Path] = {}
+    own: dict[str, pathlib.Path] = {}
+    stages = [p for p in path.glob("predictions/*-*") if p.name.split("-")[0].isdigit()]
+    for stage in sorted(stages, key=lambda p: int(p.name.split("-")[0])):
+        for file in stage.glob("*.jsonl"):
+            last[file.stem] = file
+            if file.stem == stage.name.partition("-")[2]:
+                own[file.stem] = file
+
+    def read(file: pathlib.Path) -> list[Row]:
+        need = ("id", "input", "label", "prediction", "score")
+        return _rows(file, need, finished, notes)
+
+    return {
+        name: (
+            read(file),
+            {str(r["id"]): r["score"] for r in read(own.get(name, file))},
+        )
+        for name, file in last.items()
+    }

@@ -1,0 +1,579 @@
+"""The report of runs, finished or not: one page that opens without a network.
+
+    python -m aim_jax.report DIR [DIR ...] --out FILE.html
+
+DIR is the folder of a run, or a folder of such folders. FILE.md and FILE.json beside the
+page hold its tables. The page of a single run, written into the folder of that run, leaves
+its charts as files in DIR/plots/ too.
+"""
+
+import contextlib
+import html
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+import aim_jax
+from aim_jax import config, plots, records, svg
+
+PREDICTIONS = 50  # rows shown of a task
+LETTERS = 600  # shown of an input
+OPEN = 2  # runs whose sections are open at first
+SEEDS = ("train.seed", "data.seed")
+NONE = "\N{EN DASH}"
+
+_LEGEND = (
+    "OP: mean score over all tasks after the last one. BWT: what earlier tasks gained"
+    " (lost, if negative) since they were learnt. FWT: what a task scores when just learnt,"
+    " less its score when trained alone. Runs that differ only in seed share a row: mean"
+    f" \N{PLUS-MINUS SIGN} sample standard deviation. {NONE}: not known (yet)."
+)
+_STYLE = """
+* { box-sizing: border-box }
+html { background: var(--page); color: var(--ink) }
+body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; margin: 0 auto;
+  max-width: 1240px; padding: 1rem clamp(.75rem, 2vw, 2rem) 3rem }
+h1 { font-size: 1.55rem; line-height: 1.25; margin: .5rem 0 0 }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1.02rem; margin: 1.6rem 0 .4rem }
+small, .note, header p, nav { color: var(--soft) } small { font-weight: 400 }
+.note { font-size: .85rem; max-width: 100ch; margin: .5rem 0 } .bad { color: var(--bad) }
+header p { margin: .3rem 0 } nav a { margin-right: .9em; white-space: nowrap }
+a { color: var(--c0) }
+.table { overflow-x: auto; margin: .5rem 0 }
+table { border-collapse: collapse; font-size: .9rem }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
+  border-bottom: 1px solid var(--rule) }
+th { color: var(--soft); font-weight: 600; white-space: nowrap }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)) }
+.grid.wide { grid-template-columns: 1fr }
+figure { margin: 0; overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px }
+figure svg { display: block; height: auto; width: 100%; max-width: 46rem; min-width: 24rem }
+.wide svg { max-width: none; min-width: 42rem }
+.maps { display: flex; flex-wrap: wrap } .maps svg { zoom: 1.2; width: auto; max-width: none; min-width: 0 }
+details { margin: .4rem 0 } summary { cursor: pointer }
+details > .table, details > .predictions { max-height: 34rem; overflow: auto }
+.run { border-top: 2px solid var(--rule); margin-top: 2rem }
+.run > summary > h2 { display: inline-block; margin: .8rem 0 .3rem }
+.tag { font-size: .8rem; font-weight: 600; color: var(--bad); border: 1px solid;
+  border-radius: 4px; padding: .1rem .4rem; margin-left: .4rem; vertical-align: middle }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .3rem 0 1rem }
+dt { color: var(--soft) } dd { margin: 0; min-width: 0; overflow-wrap: anywhere }
+code { font: .87em ui-monospace, "DejaVu Sans Mono", monospace }
+.predictions table { font-size: .82rem; min-width: 44rem }
+.predictions td { overflow-wrap: anywhere; white-space: pre-wrap }
+.predictions td:nth-child(2) { width: 50% } .predictions td:first-child { min-width: 7em }
+@media print {
+  body { max-width: none; padding: 0; font-size: 11px } nav { display: none }
+  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
+  .heat { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  details > .table, details > .predictions { max-height: none; overflow: visible }
+}
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+class Group(NamedTuple):
+    """Runs that differ only in seed."""
+
+    label: str
+    runs: list[records.Run]
+
+
+class Stat(NamedTuple):
+    """Mean and sample standard deviation (None of one value) over `n` runs."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+class Table(NamedTuple):
+    """Text in cells; the first `left` columns hold words, the others numbers."""
+
+    head: list[str]
+    rows: list[list[str]]
+    left: int = 1
+
+
+def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
+    """Writes the page `out` about the runs in `dirs`, and its twins beside it.
+
+    Raises InputError before anything is written if a folder or a file is no good.
+    """
+    if out.suffix != ".html" or out.is_dir():
+        raise aim_jax.InputError(f"--out {out}: must be a file that ends in .html")
+    runs = [records.load(path) for path in records.find(dirs)]
+    twins = {out.with_suffix(s) for s in (".md", ".json")}
+    for run in runs:
+        for name in ("config.json", "results.json"):
+            if (run.path / name).resolve() in {t.resolve() for t in twins}:
+                raise aim_jax.InputError(
+                    f"--out {out}: its JSON twin would replace {run.path / name};"
+                    " choose another name"
+                )
+    groups = group(runs)
+    summary = to_json(groups)
+    files = {
+        out.with_suffix(".md"): markdown(groups),
+        out.with_suffix(".json"): json.dumps(summary, indent=1, allow_nan=False) + "\n",
+        out: page(groups),
+    }
+    if len(runs) == 1 and out.parent.resolve() == runs[0].path.resolve():
+        for name, drawing in plots.of_run(runs[0]).items():
+            files[out.parent / "plots" / f"{name}.svg"] = svg.standalone(drawing)
+    _replace(files)
+
+
+# Tables
+
+
+def group(runs: Sequence[records.Run]) -> list[Group]:
+    """`runs` in groups that differ only in seed, labelled by method and what sets it apart."""
+    groups: dict[str, list[records.Run]] = {}
+    for run in runs:
+        same = [run.method, run.names, _settings(run) or str(run.path)]
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    labelled = []
+    for members in groups.values():
+        method = members[0].method
+        peers = [_settings(g[0]) for g in groups.values() if g[0].method == method]
+        own = _settings(members[0])
+        apart = [f"{k}={own.get(k, 'unset')}" for k in varied(peers)]
+        if len(peers) > 1 and not apart:
+            apart = [members[0].path.name]
+        label = f"{method} ({', '.join(apart[:3])})" if apart else method
+        labelled.append(Group(label, members))
+    return labelled
+
+
+def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Paths whose values differ among `settings`, in alphabetical order."""
+    paths = sorted(set().union(*settings))
+    return [p for p in paths if len({json.dumps(s.get(p)) for s in settings}) > 1]
+
+
+def stat(values: Sequence[float | None]) -> Stat | None:
+    """Mean and sample standard deviation of the values there are; None if there is none."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return Stat(statistics.fmean(known), std, len(known))
+
+
+def results_table(groups: Sequence[Group]) -> Table:
+    """A row a group: scores in percent as mean and deviation over its seeds, and costs."""
+    head = ["method", "OP %", "FWT %", "BWT %", "minutes", "merges", "runs"]
+    rows = []
+    for label, runs in groups:
+        scores = (stat([r.results.get(k) for r in runs]) for k in ("op", "fwt", "bwt"))
+        minutes, merges = (
+            stat([r.minutes for r in runs]),
+            stat([r.merges for r in runs]),
+        )
+        left = sum(not r.finished for r in runs)
+        rows.append(
+            [label]
+            + [_percent(s, len(runs)) for s in scores]
+            + [f"{minutes.mean:.1f}" if minutes else NONE]
+            + [f"{merges.mean:.1f}".removesuffix(".0")]
+            + [f"{len(runs)}" + (f", {left} unfinished" if left else "")]
+        )
+    return Table(head, rows)
+
+
+def runs_table(groups: Sequence[Group]) -> Table:
+    """A row a run."""
+    head = ["run", "folder", "state", "OP %", "FWT %", "BWT %", "minutes", "merges"]
+    rows = [
+        [name, str(run.path), run.progress]
+        + [_score(run.results.get(k)) for k in ("op", "fwt", "bwt")]
+        + [NONE if run.minutes is None else f"{run.minutes:.1f}", str(run.merges)]
+        for name, run in named(groups)
+    ]
+    return Table(head, rows, left=3)
+
+
+def matrix_table(run: records.Run) -> Table:
+    """Scores in percent after each task, and those of the single-task runs."""
+    rows = [
+        [f"after {name}", *map(_score, values)]
+        for name, values in zip(run.names, run.matrix, strict=False)
+    ]
+    if run.single:
+        rows.append(["single task", *map(_score, run.single)])
+    return Table(["score %", *run.names], rows)
+
+
+def named(groups: Sequence[Group]) -> list[tuple[str, records.Run]]:
+    """(name, run) of all runs, the names made of method and seed."""
+    pairs = []
+    for label, runs in groups:
+        seeds = [r.seed for r in runs]
+        for run in runs:
+            name = label if run.seed is None else f"{label}, seed {run.seed}"
+            clear = run.seed is not None and seeds.count(run.seed) == 1
+            unique = clear or len(runs) == 1
+            pairs.append((name if unique else f"{name}, {run.path.name}", run))
+    return pairs
+
+
+def to_json(groups: Sequence[Group]) -> dict[str, Any]:
+    """All tables as plain JSON types; scores are fractions, NaN becomes null."""
+    summary = []
+    for label, runs in groups:
+        row: dict[str, Any] = {"label": label, "method": runs[0].method}
+        row |= {"n": len(runs), "unfinished": sum(not r.finished for r in runs)}
+        row["seeds"] = [r.seed for r in runs]
+        for key in ("op", "fwt", "bwt"):
+            value = stat([r.results.get(key) for r in runs])
+            row[key] = value._asdict() if value else None
+        for key in ("minutes", "merges"):
+            value = stat([getattr(r, key) for r in runs])
+            row[key] = value._asdict() if value else None
+        summary.append(row)
+    known = ("op", "fwt", "bwt", "single", "seconds", "versions", "config_sha256")
+    detail = [
+        {"name": name, "folder": str(run.path), "method": run.method, "seed": run.seed}
+        | {"stream": run.stream, "tasks": run.names, "date": run.date}
+        | {"finished": run.finished, "state": run.progress, "notes": run.notes}
+        | {"minutes": run.minutes, "merges": run.merges, "matrix": run.matrix}
+        | {key: run.results.get(key) for key in known}
+        | {"config": run.settings, "command": command(run)}
+        for name, run in named(groups)
+    ]
+    return _plain({"summary": summary, "runs": detail})
+
+
+def markdown(groups: Sequence[Group]) -> str:
+    """The tables of the page as Markdown."""
+    parts = ["# Runs", _markdown(results_table(groups)), _LEGEND]
+    if sum(len(g.runs) for g in groups) > len(groups):
+        parts += ["## Each run", _markdown(runs_table(groups))]
+    for name, run in named(groups):
+        state = "" if run.finished else f" ({run.progress})"
+        facts = [f"- {k}: {v}" for k, v in _facts(run) if k != "command"]
+        parts += [f"## {_cell(name)}{state}", "\n".join(map(_cell, facts))]
+        parts += [f"```sh\n{command(run)}\n```", _markdown(matrix_table(run))]
+    return "\n\n".join(parts) + "\n"
+
+
+def command(run: records.Run) -> str:
+    """The command that repeats `run`: a config file and what the run set differently."""
+    if run.results.get("command"):
+        return str(run.results["command"])
+    benchmark = run.settings.get("data.benchmark", "synthetic")
+    name = "quickstart" if benchmark == "synthetic" else benchmark
+    file = pathlib.Path(aim_jax.__file__).parents[1] / "configs" / f"{name}.py"
+    method = f"method.name={run.settings.get('method.name')}"
+    try:
+        base = config.load(str(file), [method])
+    except aim_jax.InputError:
+        try:
+            base = config.resolve(config.override(config.Config(), method))
+        except aim_jax.InputError:
+            base = config.Config()
+    usual = records.flatten(config.to_json(base))
+    words = ["python", "-m", "aim_jax.main", "--config", f"configs/{name}.py"]
+    for path, value in run.settings.items():
+        if value != usual.get(path) or path == "method.name":
+            words += ["--set", f"{path}={_flag(value)}"]
+    return shlex.join([*words, "--workdir", "DIR"])
+
+
+# The page
+
+
+def page(groups: Sequence[Group]) -> str:
+    """The whole page as HTML."""
+    runs = named(groups)
+    streams = " / ".join(dict.fromkeys(r.stream for _, r in runs))
+    title = " and ".join(dict.fromkeys(r.method for _, r in runs)) + f" on {streams}"
+    parts = [f"<header><h1>{_e(title)}</h1><p>{_sources(runs)}</p>"]
+    if len(runs) > 1:
+        links = (f'<a href="#run-{i}">{_e(n)}</a>' for i, (n, _) in enumerate(runs, 1))
+        parts.append(f"<nav>Runs: {' '.join(links)}</nav>")
+    parts.append(f"</header><h2>Results</h2>{_html(results_table(groups))}")
+    parts.append(f'<p class="note">{_e(_LEGEND)}</p>')
+    if len(runs) > len(groups):
+        parts.append(_details("Each run", _html(runs_table(groups))))
+    if len(groups) > 1:
+        parts.append(_details("Settings that differ", _html(_differences(runs))))
+    curves = []
+    for stream in dict.fromkeys(tuple(r.names) for _, r in runs if r.matrix):
+        alike = [Group(g.label, [r for r in g.runs if r.matrix]) for g in groups]
+        alike = [g for g in alike if g.runs and tuple(g.runs[0].names) == stream]
+        curves += [
+            plots.task_curve(alike, first=True),
+            plots.task_curve(alike, first=False),
+        ]
+    if curves:
+        parts.append(f"<h2>Scores over the stream</h2>{_grid(curves)}")
+    maps = [plots.score_matrix(n, r) for n, r in runs if r.matrix]
+    if maps:
+        parts.append(f"<h2>Score matrices</h2>{_grid(maps, 'maps')}")
+    for i, (name, run) in enumerate(runs, 1):
+        parts.append(_run_section(i, name, run, opened=len(runs) <= OPEN))
+    return _PAGE.format(title=_e(title), style=svg.CSS + _STYLE, body="\n".join(parts))
+
+
+def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
+    facts = "".join(
+        f"<dt>{_e(k)}</dt><dd>{_code(v) if k == 'command' else _e(v)}</dd>"
+        for k, v in _facts(run)
+    )
+    parts = [f"<dl>{facts}</dl>"]
+    parts += [f'<p class="bad">{_e(note)}</p>' for note in run.notes]
+    if any(t.steps for t in run.tasks):
+        parts.append(_grid([plots.training_loss(run)], "wide"))
+    for task in (t for t in run.tasks if t.steps):
+        forced = sum(bool(r.get("forced")) for r in task.merges)
+        steps = f"{task.steps[-1]['step']} steps"
+        merges = f", {len(task.merges)} merges" + (
+            f" ({forced} forced)" if forced else ""
+        )
+        note = steps + (merges if task.merges else "")
+        heading = f"Task {task.number}: {_e(task.name)} <small>{_e(note)}</small>"
+        parts.append(f"<h3>{heading}</h3>{_grid(list(plots.of_task(task).values()))}")
+        if task.merges:
+            parts.append(_details("Table of merges", _html(_merges_table(task))))
+    if any(t.predictions for t in run.tasks):
+        parts.append("<h3>Predictions <small>wrong answers first</small></h3>")
+        parts += [_predictions(t) for t in run.tasks if t.predictions]
+    parts.append("<h3>Set-up</h3>")
+    for title, values in (
+        ("Config", run.settings),
+        ("Versions", run.results.get("versions")),
+        ("Seconds", run.results.get("seconds")),
+    ):
+        if values:
+            rows = [[k, json.dumps(v)] for k, v in values.items()]
+            parts.append(
+                _details(title, _html(Table(["field", "value"], rows, left=2)))
+            )
+    tag = "" if run.finished else f' <span class="tag">{_e(run.progress)}</span>'
+    summary = f"<summary><h2>{_e(name)}{tag}</h2></summary>"
+    state = " open" if opened else ""
+    body = "\n".join(parts)
+    return f'<details class="run" id="run-{number}"{state}>{summary}\n{body}</details>'
+
+
+def _predictions(task: records.Task) -> str:
+    """Rows of a task, worst first, and among equals first those that were right before."""
+    rows = sorted(
+        task.predictions,
+        key=lambda r: (r["score"], -task.before.get(str(r["id"]), r["score"])),
+    )
+    wrong = [r for r in rows if r["score"] < 1]
+    lost = sum(task.before.get(str(r["id"]), r["score"]) > r["score"] for r in wrong)
+    table = Table(
+        ["id", "input", "label", "prediction", "score", "when learnt"],
+        [
+            [str(r["id"]), _cut(r["input"]), r["label"], r["prediction"]]
+            + [_score(r["score"]), _score(task.before.get(str(r["id"])))]
+            for r in rows[:PREDICTIONS]
+        ],
+        left=4,
+    )
+    title = f"{task.name}: {len(wrong)} of {len(rows)} not fully right"
+    title += f", {lost} of them better just after the task was learnt" if lost else ""
+    left = len(rows) - len(table.rows)
+    more = f'<p class="note">{left} more rows are left out.</p>' if left else ""
+    return _details(title, f'<div class="predictions">{_html(table)}</div>{more}')
+
+
+def _sources(runs: Sequence[tuple[str, records.Run]]) -> str:
+    dates = sorted(r.date for _, r in runs)
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    left = sum(not r.finished for _, r in runs)
+    tag = f' <span class="tag">{left} unfinished</span>' if left else ""
+    return f"{count}, written {_e(span)}{tag}"
+
+
+def _merges_table(task: records.Task) -> Table:
+    fields = [k for k in task.merges[0] if k not in ("task", "name")]
+    rows = [[_value(r.get(k)) for k in fields] for r in task.merges]
+    return Table([k.replace("_", " ") for k in fields], rows, left=0)
+
+
+def _differences(runs: Sequence[tuple[str, records.Run]]) -> Table:
+    paths = varied([r.settings for _, r in runs])
+    rows = [[p, *(_value(r.settings.get(p)) for _, r in runs)] for p in paths]
+    return Table(["field", *(name for name, _ in runs)], rows)
+
+
+def _facts(run: records.Run) -> list[tuple[str, str]]:
+    return [
+        ("method", run.method),
+        ("stream", f"{run.stream}: {', '.join(run.names)}"),
+        ("seed", "unknown" if run.seed is None else str(run.seed)),
+        ("model", str(run.settings.get("model.path", "unknown"))),
+        ("files", f"{run.path}, {run.date}"),
+        ("command", command(run)),
+    ]
+
+
+def _html(table: Table) -> str:
+    """A table that scrolls sideways where it must."""
+    rows = []
+    for tag, cells in [("th", table.head), *(("td", row) for row in table.rows)]:
+        line = (
+            f"<{tag}{' class=n' if i >= table.left else ''}>{_e(c)}</{tag}>"
+            for i, c in enumerate(cells)
+        )
+        rows.append(f"<tr>{''.join(line)}</tr>")
+    head, *body = rows
+    return (
+        f'<div class="table"><table><thead>{head}</thead>'
+        f"<tbody>{chr(10).join(body)}</tbody></table></div>"
+    )
+
+
+def _markdown(table: Table) -> str:
+    rule = ["---" if i < table.left else "---:" for i in range(len(table.head))]
+    rows = [table.head, rule, *table.rows]
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """`text` as inert Markdown on one line."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", text)
+
+
+def _grid(charts: Sequence[str], kind: str = "") -> str:
+    figures = "".join(f"<figure>{c}</figure>" for c in charts)
+    return f'<div class="grid {kind}">{figures}</div>'
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{_e(title)}</summary>{body}</details>"
+
+
+def _code(text: str) -> str:
+    return f"<code>{_e(text)}</code>"
+
+
+def _cut(text: str) -> str:
+    left = len(text) - LETTERS
+    return text if left <= 0 else f"{text[:LETTERS]} [{left} more letters]"
+
+
+def _percent(value: Stat | None, runs: int) -> str:
+    """Mean and deviation in percent; of how many runs, if not of all."""
+    if value is None:
+        return NONE
+    text = _score(value.mean)
+    if value.std is not None:
+        text += f" \N{PLUS-MINUS SIGN} {100 * value.std:.1f}"
+    return text if value.n == runs else f"{text} (n={value.n})"
+
+
+def _score(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def _value(value: Any) -> str:
+    """A value of a record, as short as it stays useful."""
+    if value is None:
+        return NONE
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " / ".join(map(_value, value))
+    return str(value)
+
+
+def _flag(value: Any) -> str:
+    """A config value as `--set` reads it."""
+    if isinstance(value, list):
+        return ",".join(map(_flag, value))
+    return str(value).lower() if value is None or value in (True, False) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _settings(run: records.Run) -> dict[str, Any]:
+    """Settings that tell experiments apart: neither seeds nor incidental ones."""
+    return {
+        k: v
+        for k, v in run.settings.items()
+        if k not in SEEDS and k.split(".")[0] not in config.INCIDENTAL
+    }
+
+
+def _e(text: str) -> str:
+    return html.escape(text)
+
+
+def _replace(files: dict[pathlib.Path, str]) -> None:
+    """Writes `files` so that each is there whole or not at all."""
+    try:
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            _fresh(file).write_text(text, "utf-8", errors="backslashreplace")
+        for file in files:
+            os.replace(_fresh(file), file)
+    except OSError as error:
+        raise aim_jax.InputError(f"cannot write {file}: {error.strerror}") from None
+    finally:
+        for file in files:
+            with contextlib.suppress(OSError):
+                _fresh(file).unlink()
+
+
+def _fresh(file: pathlib.Path) -> pathlib.Path:
+    return file.with_name(f".{file.name}.new")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command: absl's arguments in, files out."""
+    try:
+        if not flags.FLAGS.out:
+            raise aim_jax.InputError(
+                "--out FILE.html is missing: where to write the page"
+            )
+        out = pathlib.Path(flags.FLAGS.out)
+        write([pathlib.Path(a) for a in argv[1:]], out)
+    except aim_jax.InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(
+        f"{out} (tables also in {out.with_suffix('.md')}, {out.with_suffix('.json')})"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "the page to write, FILE.html")
+    app.run(main)

@@ -1,0 +1,191 @@
+"""The compiled computations: train step, probe, rehearsal, validation loss.
+
+All are pure functions of (frozen base, state, batch). A batch carries a weight for every
+target token, so every way to average (over tokens, over micro-batches) is data. Nothing
+here knows how many devices there are but one `psum`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aim_jax import config, lora
+
+Tree = Any
+Batch = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """What training changes.
+
+    delta: the adapter; adam: its moments and the count of all updates, rehearsal
+    included; step: updates on the task's own batches; total: how many there will be;
+    key: raw random key (2,) of the task, for dropout.
+    """
+
+    delta: Tree
+    adam: Tree
+    step: jax.Array
+    total: jax.Array
+    key: jax.Array
+
+
+class Steps(NamedTuple):
+    """The pure functions that `parallel.compile` makes fast.
+
+    train(base, state, memo, batch) -> (state, measures): one optimizer step; the measures
+        are float32 scalars loss, grad_norm, lr and movement (mean |change| of an entry)
+    probe(base, state, batch) -> loss of a memory batch, float32
+    rehearse(base, state, batches, count) -> (state, losses): the first `count` of a chunk
+    validate(base, delta, batch) -> weighted sum of the loss over a batch, float32
+
+    A training or probe batch has leaves (micro-batches, b, length), a chunk (steps, b,
+    length). Every function takes `axis`, the name of the device axis under pmap.
+    """
+
+    train: Callable
+    probe: Callable
+    rehearse: Callable
+    validate: Callable
+
+
+def init(delta: Tree, total: int, key: jax.Array) -> State:
+    """A fresh state around `delta` for a task of `total` steps."""
+    return State(
+        delta,
+        _adam().init(delta),
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(total, jnp.int32),
+        jax.random.key_data(key),
+    )
+
+
+def learning_rate(step: jax.Array, total: jax.Array, cfg: config.Train) -> jax.Array:
+    """Rate of the step after `step` others: linear warm-up from 0, then linear to 0.
+
+    As the release does (semantics.md 2.2): the first step has rate 0.
+    """
+    warmup = cfg.warmup_steps
+    rise = step / max(1, warmup)
+    fall = (total - step) / jnp.maximum(1, total - warmup)
+    return cfg.learning_rate * jnp.where(step < warmup, rise, jnp.maximum(0.0, fall))
+
+
+def make(model: Any, cfg: config.Config, probe_dropout: bool = False) -> Steps:
+    """The steps of one model under one config."""
+
+    def loss(
+        delta: Tree, base: Tree, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Weighted sum of the token losses, and the count of target tokens."""
+        logits = model.apply(
+            {"params": base, "lora": lora.bind(delta, cfg.lora, train=key is not None)},
+            batch,
+            rngs={} if key is None else {"dropout": key},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["targets"]
+        )
+        weights = batch["weights"]
+        return jnp.sum(losses * weights), jnp.sum(weights > 0)
+
+    def key_of(state: State, axis: str | None) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.adam.count)
+        return jax.random.fold_in(key, jax.lax.axis_index(axis)) if axis else key
+
+    def gradients(
+        base: Tree, state: State, batch: Batch, axis: str | None
+    ) -> tuple[jax.Array, Tree]:
+        """Mean loss and its gradient, accumulated over micro-batches and devices."""
+        key = key_of(state, axis)
+
+        def accumulate(carry: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
+            micro, number = item
+            (total, count), grads = jax.value_and_grad(loss, has_aux=True)(
+                state.delta, base, micro, jax.random.fold_in(key, number)
+            )
+            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+        zero = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, state.delta))
+        numbers = jnp.arange(batch["inputs"].shape[0])
+        (total, count, grads), _ = jax.lax.scan(accumulate, zero, (batch, numbers))
+        if axis:
+            total, count, grads = jax.lax.psum((total, count, grads), axis)
+        count = jnp.maximum(count, 1)
+        return total / count, jax.tree.map(lambda g: g / count, grads)
+
+    def update(state: State, grads: Tree) -> tuple[State, dict[str, jax.Array]]:
+        """One clipped Adam update at the rate of the state's step."""
+        norm = optax.tree.norm(grads)
+        # As torch clips: 1e-6 in the divisor.
+        clip = jnp.minimum(1.0, cfg.train.clip_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * clip, grads)
+        rate = learning_rate(state.step, state.total, cfg.train)
+        changes, adam = _adam().update(grads, state.adam)
+        delta = jax.tree.map(
+            lambda p, c: p - rate * (c + cfg.train.weight_decay * p),
+            state.delta,
+            changes,
+        )
+        measures = {"grad_norm": norm, "lr": rate}
+        return state._replace(delta=delta, adam=adam), measures
+
+    def train(
+        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
+    ) -> tuple[State, dict[str, jax.Array]]:
+        value, grads = gradients(base, state, batch, axis)
+        after, measures = update(state, grads)
+        moved = jax.tree.map(
+            lambda a, b: jnp.sum(jnp.abs(a - b)), after.delta, state.delta
+        )
+        size = sum(x.size for x in jax.tree.leaves(state.delta))
+        movement = jax.tree.reduce(jnp.add, moved) / size
+        measures = {"loss": value, "movement": movement, **measures}
+        return after._replace(step=state.step + 1), measures
+
+    def probe(
+        base: Tree, state: State, batch: Batch, *, axis: str | None = None
+    ) -> jax.Array:
+        micro = jax.tree.map(lambda x: x[0], batch)
+        key = key_of(state, axis) if probe_dropout else None
+        total, count = loss(state.delta, base, micro, key)
+        if axis:
+            total, count = jax.lax.psum((total, count), axis)
+        return total / jnp.maximum(count, 1)
+
+    def rehearse(
+        base: Tree,
+        state: State,
+        batches: Batch,
+        count: jax.Array,
+        *,
+        axis: str | None = None,
+    ) -> tuple[State, jax.Array]:
+        def body(
+            i: jax.Array, carry: tuple[State, jax.Array]
+        ) -> tuple[State, jax.Array]:
+            state, losses = carry
+            batch = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), batches
+            )
+            value, grads = gradients(base, state, batch, axis)
+            return update(state, grads)[0], losses.at[i].set(value)
+
+        losses = jnp.zeros(batches["inputs"].shape[0], jnp.float32)
+        return jax.lax.fori_loop(0, count, body, (state, losses))
+
+    def validate(
+        base: Tree, delta: Tree, batch: Batch, *, axis: str | None = None
+    ) -> jax.Array:
+        micro = jax.tree.map(lambda x: x[0], batch)
+        total, _ = loss(delta, base, micro, None)
+        return jax.lax.psum(total, axis) if axis else total
+
+    return Steps(train, probe, rehearse, validate)
+
+
+def _adam() -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)

@@ -1,0 +1,15 @@
+"""Standard CL (order 4, 5 or 6) with AimMerging as released, on the embedded model.
+
+python -m aim_jax.main --config configs/standard_cl.py --set data.root=DATA --workdir RUN
+
+Any T5 directory may be the base: --set model.path=DIR. Time and score: not run yet.
+"""
+
+from aim_jax import config
+from aim_jax.methods import aim
+
+CONFIG = config.Config(
+    data=config.Data(benchmark="standard_cl", order=4),
+    train=config.Train(batch_size=32, micro_batch_size=8, learning_rate=3e-4),
+    method=aim.Options(),
+)
