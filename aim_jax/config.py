@@ -73,6 +73,7 @@ class Train:
     validation_leaks: bool | None = None  # keep validation rows that are test rows
     single_holdout: float | None = None  # part of train that validates single-task runs
     select: str = "best"  # the adapter of a task: `best` dev loss or `last`
+    checkpoint_every: int = 200  # steps; a finished task is always saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +309,7 @@ def _positive(config: Config) -> None:
         "train.batch_size": train.batch_size,
         "train.micro_batch_size": train.micro_batch_size,
         "train.eval_every": train.eval_every,
+        "train.checkpoint_every": train.checkpoint_every,
         "memory.batch_size": config.memory.batch_size,
         "eval.batch_size": config.eval.batch_size,
         "lora.r": config.lora.r,

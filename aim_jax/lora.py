@@ -13,6 +13,8 @@ import aim_jax
 from aim_jax import config
 
 Tree = dict[str, Any]
+# More than any stack has: what a pattern is asked about.
+LAYERS = 200
 
 
 def scale(cfg: config.Lora) -> float:
@@ -62,7 +64,17 @@ def targets(keys: dict[str, str], cfg: config.Lora) -> dict[str, str]:
             pattern = re.compile(cfg.target[0])
         except re.error as error:
             raise aim_jax.InputError(f"lora.target: bad pattern: {error}") from None
-        found = {p: n for p, n in modules.items() if pattern.fullmatch(n.format(0))}
+        matched = {
+            path: [bool(pattern.fullmatch(name.format(i))) for i in range(LAYERS)]
+            for path, name in modules.items()
+        }
+        found = {p: n for p, n in modules.items() if any(matched[p])}
+        partly = [n for p, n in found.items() if not all(matched[p])]
+        if partly:
+            raise aim_jax.InputError(
+                f"lora.target: '{cfg.target[0]}' takes {partly[0]} of some layers only; a"
+                r" delta has all layers of a stack: write \d+ for the layer's number"
+            )
         unmatched = [] if found else list(cfg.target)
     if unmatched:
         last = sorted({n.rpartition(".")[2] for n in modules.values()})

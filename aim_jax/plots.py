@@ -1,6 +1,7 @@
 """The charts of runs: which one shows what."""
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,10 @@ WINDOW = 20  # steps of the running mean of the training loss
 
 
 def of_run(run: records.Run) -> dict[str, str]:
-    """File name -> SVG of every chart of `run` that has something to show."""
+    """File name -> SVG of every chart of `run` that has something to show.
+
+    Tasks are numbered as in the names of the run's other folders, from 00.
+    """
     found = {}
     if run.matrix:
         found["score_matrix"] = score_matrix(run.method, run)
@@ -20,8 +24,9 @@ def of_run(run: records.Run) -> dict[str, str]:
     if any(t.steps for t in run.tasks):
         found["training_loss"] = training_loss(run)
     for task in run.tasks:
+        name = f"{task.number - 1:02d}-" + re.sub(r"[^\w.-]", "_", task.name)
         for kind, drawing in of_task(task).items():
-            found[f"{task.number:02d}-{task.name}-{kind}"] = drawing
+            found[f"{name}-{kind}"] = drawing
     return found
 
 
@@ -39,8 +44,8 @@ def of_task(task: records.Task) -> dict[str, str]:
 def score_matrix(title: str, run: records.Run) -> str:
     """Heat map of the score matrix, with the single-task scores below it."""
     below = ("single task", run.single) if run.single else None
-    rows = [f"after {name}" for name in run.names[: len(run.matrix)]]
-    return svg.heatmap(title, run.matrix, rows, run.names, "score in %", below)
+    rows, note = run.names[: len(run.matrix)], "% on the column's task after the row's"
+    return svg.heatmap(title, run.matrix, rows, run.names, note, below)
 
 
 def task_curve(groups: Sequence[tuple[str, Sequence[records.Run]]], first: bool) -> str:
@@ -56,12 +61,12 @@ def task_curve(groups: Sequence[tuple[str, Sequence[records.Run]]], first: bool)
             values = [row[0] if first else _mean(row) for row in seen]
             places = [j + 1 for j in range(len(values))]
             percent = [None if v is None else 100 * v for v in values]
-            tips = [f"{label}, seed {run.seed}: {p:.1f} %" for p in percent if p]
+            tips = [f"{label}, seed {run.seed}: {100 * (v or 0):.1f} %" for v in values]
             line = svg.Series(
                 label if k == 0 else "", places, percent, i, dash=i % 2 > 0
             )
             series += [line, line._replace(label="", kind="dots", tips=tips)]
-    room = int(420 / max(1, len(names)) / svg.LETTER)
+    room = int(400 / len(names) / svg.LETTER) - 1
     ticks = [
         (i + 1, svg.short(n, room) if room >= 8 else str(i + 1))
         for i, n in enumerate(names)
@@ -79,8 +84,9 @@ def training_loss(run: records.Run) -> str:
         losses = _column(task.steps, "loss")
         xs += [start + r["step"] for r in task.steps]
         raw += losses
+        half = WINDOW // 2
         smooth += [
-            _mean(losses[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(losses))
+            _mean(losses[max(0, i - half) : i + half]) for i in range(len(losses))
         ]
         length = task.steps[-1]["step"]
         room = int(length / total * 890 / svg.LETTER) - 1
@@ -88,7 +94,7 @@ def training_loss(run: records.Run) -> str:
         bounds.append(svg.Mark(start, text=name, tip=f"{task.name} begins"))
         start += length
     series = [
-        svg.Series("", xs, raw, faint=True),
+        svg.Series("", xs, raw, weight="faint"),
         svg.Series("", xs, smooth),
     ]
     title = f"Training loss over the stream: each step, and the mean of {WINDOW} steps"
@@ -119,7 +125,7 @@ def _forgetting(task: records.Task) -> str | None:
     if _some(history):
         limit = _column(task.steps, "threshold")
         series.append(svg.Series("memory loss", xs, history))
-        series.append(svg.Series("threshold", xs, limit, 1, dash=True))
+        series.append(svg.Series("threshold", xs, limit, 1, weight="bold"))
     title = "Forgetting signal" if series else "Validation loss"
     if task.validations:
         xs, values = zip(

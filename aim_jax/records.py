@@ -85,8 +85,9 @@ class Run:
         if self.finished or not begun:
             return "finished" if self.finished else "unfinished"
         task = begun[-1]
-        place = f"task {task.number} of {len(self.names)} ({task.name})"
-        return f"unfinished: {place}, step {task.steps[-1]['step']}"
+        count = f" of {len(self.names)}" if "tasks" in self.results else ""
+        step = task.steps[-1]["step"]
+        return f"unfinished: task {task.number}{count} ({task.name}), step {step}"
 
 
 def find(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
@@ -133,14 +134,11 @@ def load(path: pathlib.Path) -> Run:
     tasks = []
     for i, name in enumerate(names):
         own = [r for r in rows if r["task"] == i]
-        steps = _latest([r for r in own if "validation" not in r])
-        last = steps[-1]["step"] if steps else 0
-        checks = [r for r in own if "validation" in r and r["step"] <= last]
-        merged = [r for r in merges if r["task"] == i and r["step"] <= last]
+        steps = [r for r in own if "validation" not in r]
+        checks = [r for r in own if "validation" in r]
+        merged = [r for r in merges if r["task"] == i]
         scored = predictions.get(name, ([], {}))
-        tasks.append(
-            Task(i + 1, name, steps, _latest(checks), _latest(merged), *scored)
-        )
+        tasks.append(Task(i + 1, name, steps, checks, merged, *scored))
     newest = max(p.stat().st_mtime for p in path.iterdir() if p.name in _MARKS)
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC)
     return Run(
@@ -269,16 +267,6 @@ def _rows(
         _check(row, _FIELDS, where)
         rows.append(row)
     return rows
-
-
-def _latest(rows: list[Row]) -> list[Row]:
-    """`rows` of one task without those that a restart of the task replaced."""
-    kept: list[Row] = []
-    for row in rows:
-        while kept and kept[-1]["step"] >= row["step"]:
-            kept.pop()
-        kept.append(row)
-    return kept
 
 
 def _predictions(

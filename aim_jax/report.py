@@ -26,7 +26,8 @@ import aim_jax
 from aim_jax import config, plots, records, svg
 
 PREDICTIONS = 50  # rows shown of a task
-LETTERS = 600  # shown of an input
+LETTERS = 400  # shown of an input
+NAMED = 3  # settings that tell groups of one method apart
 OPEN = 2  # runs whose sections are open at first
 SEEDS = ("train.seed", "data.seed")
 NONE = "\N{EN DASH}"
@@ -54,7 +55,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
   border-bottom: 1px solid var(--rule) }
 th { color: var(--soft); font-weight: 600; white-space: nowrap }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)) }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)) }
 .grid.wide { grid-template-columns: 1fr }
 figure { margin: 0; overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px }
 figure svg { display: block; height: auto; width: 100%; max-width: 46rem; min-width: 24rem }
@@ -62,11 +63,12 @@ figure svg { display: block; height: auto; width: 100%; max-width: 46rem; min-wi
 .maps { display: flex; flex-wrap: wrap } .maps svg { zoom: 1.2; width: auto; max-width: none; min-width: 0 }
 details { margin: .4rem 0 } summary { cursor: pointer }
 details > .table, details > .predictions { max-height: 34rem; overflow: auto }
+details > .table table { font-size: .82rem }
 .run { border-top: 2px solid var(--rule); margin-top: 2rem }
 .run > summary > h2 { display: inline-block; margin: .8rem 0 .3rem }
 .tag { font-size: .8rem; font-weight: 600; color: var(--bad); border: 1px solid;
   border-radius: 4px; padding: .1rem .4rem; margin-left: .4rem; vertical-align: middle }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .3rem 0 1rem }
+dl { scroll-margin-top: 5rem; display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .3rem 0 1rem }
 dt { color: var(--soft) } dd { margin: 0; min-width: 0; overflow-wrap: anywhere }
 code { font: .87em ui-monospace, "DejaVu Sans Mono", monospace }
 .predictions table { font-size: .82rem; min-width: 44rem }
@@ -118,7 +120,7 @@ class Table(NamedTuple):
 
 
 def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
-    """Writes the page `out` about the runs in `dirs`, and its twins beside it.
+    """Write the page `out` about the runs in `dirs`, and its twins beside it.
 
     Raises InputError before anything is written if a folder or a file is no good.
     """
@@ -153,7 +155,7 @@ def group(runs: Sequence[records.Run]) -> list[Group]:
     """`runs` in groups that differ only in seed, labelled by method and what sets it apart."""
     groups: dict[str, list[records.Run]] = {}
     for run in runs:
-        same = [run.method, run.names, _settings(run) or str(run.path)]
+        same = [run.method, _settings(run) or [run.names, str(run.path)]]
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     labelled = []
     for members in groups.values():
@@ -161,9 +163,9 @@ def group(runs: Sequence[records.Run]) -> list[Group]:
         peers = [_settings(g[0]) for g in groups.values() if g[0].method == method]
         own = _settings(members[0])
         apart = [f"{k}={own.get(k, 'unset')}" for k in varied(peers)]
-        if len(peers) > 1 and not apart:
-            apart = [members[0].path.name]
-        label = f"{method} ({', '.join(apart[:3])})" if apart else method
+        if len(peers) > 1 and not 0 < len(apart) <= NAMED:
+            apart = [*apart[:NAMED], members[0].path.name]
+        label = f"{method} ({', '.join(apart)})" if apart else method
         labelled.append(Group(label, members))
     return labelled
 
@@ -174,8 +176,14 @@ def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [p for p in paths if len({json.dumps(s.get(p)) for s in settings}) > 1]
 
 
-def stat(values: Sequence[float | None]) -> Stat | None:
-    """Mean and sample standard deviation of the values there are; None if there is none."""
+def stat(runs: Sequence[records.Run], field: str) -> Stat | None:
+    """Mean and sample standard deviation of a field of results.json, or of a property.
+
+    Only finished runs count, if there are any; None if nobody knows the field.
+    """
+    done = [r for r in runs if r.finished] or runs
+    own = field in ("minutes", "merges")
+    values = [getattr(r, field) if own else r.results.get(field) for r in done]
     known = [v for v in values if v is not None]
     if not known:
         return None
@@ -188,15 +196,11 @@ def results_table(groups: Sequence[Group]) -> Table:
     head = ["method", "OP %", "FWT %", "BWT %", "minutes", "merges", "runs"]
     rows = []
     for label, runs in groups:
-        scores = (stat([r.results.get(k) for r in runs]) for k in ("op", "fwt", "bwt"))
-        minutes, merges = (
-            stat([r.minutes for r in runs]),
-            stat([r.merges for r in runs]),
-        )
+        minutes, merges = stat(runs, "minutes"), stat(runs, "merges")
         left = sum(not r.finished for r in runs)
         rows.append(
             [label]
-            + [_percent(s, len(runs)) for s in scores]
+            + [_percent(runs, k) for k in ("op", "fwt", "bwt")]
             + [f"{minutes.mean:.1f}" if minutes else NONE]
             + [f"{merges.mean:.1f}".removesuffix(".0")]
             + [f"{len(runs)}" + (f", {left} unfinished" if left else "")]
@@ -209,7 +213,7 @@ def runs_table(groups: Sequence[Group]) -> Table:
     head = ["run", "folder", "state", "OP %", "FWT %", "BWT %", "minutes", "merges"]
     rows = [
         [name, str(run.path), run.progress]
-        + [_score(run.results.get(k)) for k in ("op", "fwt", "bwt")]
+        + [_percent([run], k) for k in ("op", "fwt", "bwt")]
         + [NONE if run.minutes is None else f"{run.minutes:.1f}", str(run.merges)]
         for name, run in named(groups)
     ]
@@ -247,11 +251,8 @@ def to_json(groups: Sequence[Group]) -> dict[str, Any]:
         row: dict[str, Any] = {"label": label, "method": runs[0].method}
         row |= {"n": len(runs), "unfinished": sum(not r.finished for r in runs)}
         row["seeds"] = [r.seed for r in runs]
-        for key in ("op", "fwt", "bwt"):
-            value = stat([r.results.get(key) for r in runs])
-            row[key] = value._asdict() if value else None
-        for key in ("minutes", "merges"):
-            value = stat([getattr(r, key) for r in runs])
+        for key in ("op", "fwt", "bwt", "minutes", "merges"):
+            value = stat(runs, key)
             row[key] = value._asdict() if value else None
         summary.append(row)
     known = ("op", "fwt", "bwt", "single", "seconds", "versions", "config_sha256")
@@ -276,29 +277,28 @@ def markdown(groups: Sequence[Group]) -> str:
         state = "" if run.finished else f" ({run.progress})"
         facts = [f"- {k}: {v}" for k, v in _facts(run) if k != "command"]
         parts += [f"## {_cell(name)}{state}", "\n".join(map(_cell, facts))]
-        parts += [f"```sh\n{command(run)}\n```", _markdown(matrix_table(run))]
+        parts += [f"```sh\n{command(run)}\n```"] if command(run) else []
+        parts += [_markdown(matrix_table(run))] if run.matrix else []
     return "\n\n".join(parts) + "\n"
 
 
-def command(run: records.Run) -> str:
+def command(run: records.Run) -> str | None:
     """The command that repeats `run`: a config file and what the run set differently."""
-    if run.results.get("command"):
-        return str(run.results["command"])
+    if run.results.get("command") or not run.settings:
+        return run.results.get("command")
     benchmark = run.settings.get("data.benchmark", "synthetic")
     name = "quickstart" if benchmark == "synthetic" else benchmark
     file = pathlib.Path(aim_jax.__file__).parents[1] / "configs" / f"{name}.py"
-    method = f"method.name={run.settings.get('method.name')}"
+    chosen = ("method.name", "method.preset")
+    choices = [f"{k}={run.settings[k]}" for k in chosen if k in run.settings]
     try:
-        base = config.load(str(file), [method])
+        base = config.load(str(file), choices)
     except aim_jax.InputError:
-        try:
-            base = config.resolve(config.override(config.Config(), method))
-        except aim_jax.InputError:
-            base = config.Config()
+        base = config.Config()
     usual = records.flatten(config.to_json(base))
     words = ["python", "-m", "aim_jax.main", "--config", f"configs/{name}.py"]
     for path, value in run.settings.items():
-        if value != usual.get(path) or path == "method.name":
+        if value != usual.get(path) or path in chosen:
             words += ["--set", f"{path}={_flag(value)}"]
     return shlex.join([*words, "--workdir", "DIR"])
 
@@ -310,7 +310,9 @@ def page(groups: Sequence[Group]) -> str:
     """The whole page as HTML."""
     runs = named(groups)
     streams = " / ".join(dict.fromkeys(r.stream for _, r in runs))
-    title = " and ".join(dict.fromkeys(r.method for _, r in runs)) + f" on {streams}"
+    methods = list(dict.fromkeys(r.method for _, r in runs))
+    what = ", ".join(methods) if len(methods) < 5 else f"{len(methods)} methods"
+    title = f"{what} on {streams}"
     parts = [f"<header><h1>{_e(title)}</h1><p>{_sources(runs)}</p>"]
     if len(runs) > 1:
         links = (f'<a href="#run-{i}">{_e(n)}</a>' for i, (n, _) in enumerate(runs, 1))
@@ -319,16 +321,16 @@ def page(groups: Sequence[Group]) -> str:
     parts.append(f'<p class="note">{_e(_LEGEND)}</p>')
     if len(runs) > len(groups):
         parts.append(_details("Each run", _html(runs_table(groups))))
-    if len(groups) > 1:
+    if varied([r.settings for _, r in runs]):
         parts.append(_details("Settings that differ", _html(_differences(runs))))
     curves = []
     for stream in dict.fromkeys(tuple(r.names) for _, r in runs if r.matrix):
-        alike = [Group(g.label, [r for r in g.runs if r.matrix]) for g in groups]
-        alike = [g for g in alike if g.runs and tuple(g.runs[0].names) == stream]
-        curves += [
-            plots.task_curve(alike, first=True),
-            plots.task_curve(alike, first=False),
+        alike = [
+            (label, [r for r in members if r.matrix and tuple(r.names) == stream])
+            for label, members in groups
         ]
+        alike = [(label, members) for label, members in alike if members]
+        curves += [plots.task_curve(alike, first=f) for f in (True, False)]
     if curves:
         parts.append(f"<h2>Scores over the stream</h2>{_grid(curves)}")
     maps = [plots.score_matrix(n, r) for n, r in runs if r.matrix]
@@ -344,7 +346,7 @@ def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
         f"<dt>{_e(k)}</dt><dd>{_code(v) if k == 'command' else _e(v)}</dd>"
         for k, v in _facts(run)
     )
-    parts = [f"<dl>{facts}</dl>"]
+    parts = [f'<dl id="run-{number}">{facts}</dl>']
     parts += [f'<p class="bad">{_e(note)}</p>' for note in run.notes]
     if any(t.steps for t in run.tasks):
         parts.append(_grid([plots.training_loss(run)], "wide"))
@@ -356,7 +358,9 @@ def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
         )
         note = steps + (merges if task.merges else "")
         heading = f"Task {task.number}: {_e(task.name)} <small>{_e(note)}</small>"
-        parts.append(f"<h3>{heading}</h3>{_grid(list(plots.of_task(task).values()))}")
+        anchor = f"run-{number}-task-{task.number}"
+        panels = _grid(list(plots.of_task(task).values()))
+        parts.append(f'<h3 id="{anchor}">{heading}</h3>{panels}')
         if task.merges:
             parts.append(_details("Table of merges", _html(_merges_table(task))))
     if any(t.predictions for t in run.tasks):
@@ -377,7 +381,7 @@ def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
     summary = f"<summary><h2>{_e(name)}{tag}</h2></summary>"
     state = " open" if opened else ""
     body = "\n".join(parts)
-    return f'<details class="run" id="run-{number}"{state}>{summary}\n{body}</details>'
+    return f'<details class="run"{state}>{summary}\n{body}</details>'
 
 
 def _predictions(task: records.Task) -> str:
@@ -399,8 +403,9 @@ def _predictions(task: records.Task) -> str:
     )
     title = f"{task.name}: {len(wrong)} of {len(rows)} not fully right"
     title += f", {lost} of them better just after the task was learnt" if lost else ""
-    left = len(rows) - len(table.rows)
-    more = f'<p class="note">{left} more rows are left out.</p>' if left else ""
+    left, unseen = len(rows) - len(table.rows), max(0, len(wrong) - len(table.rows))
+    more = f"{left} more rows are left out, {unseen} of them not fully right."
+    more = f'<p class="note">{more}</p>' if left else ""
     return _details(title, f'<div class="predictions">{_html(table)}</div>{more}')
 
 
@@ -422,7 +427,7 @@ def _merges_table(task: records.Task) -> Table:
 def _differences(runs: Sequence[tuple[str, records.Run]]) -> Table:
     paths = varied([r.settings for _, r in runs])
     rows = [[p, *(_value(r.settings.get(p)) for _, r in runs)] for p in paths]
-    return Table(["field", *(name for name, _ in runs)], rows)
+    return Table(["field", *(name for name, _ in runs)], rows, left=len(runs) + 1)
 
 
 def _facts(run: records.Run) -> list[tuple[str, str]]:
@@ -432,7 +437,7 @@ def _facts(run: records.Run) -> list[tuple[str, str]]:
         ("seed", "unknown" if run.seed is None else str(run.seed)),
         ("model", str(run.settings.get("model.path", "unknown"))),
         ("files", f"{run.path}, {run.date}"),
-        ("command", command(run)),
+        ("command", command(run) or "unknown: there is no config.json"),
     ]
 
 
@@ -482,14 +487,16 @@ def _cut(text: str) -> str:
     return text if left <= 0 else f"{text[:LETTERS]} [{left} more letters]"
 
 
-def _percent(value: Stat | None, runs: int) -> str:
-    """Mean and deviation in percent; of how many runs, if not of all."""
+def _percent(runs: Sequence[records.Run], field: str) -> str:
+    """Mean and deviation in percent; of how many of `runs`, if not of all."""
+    value = stat(runs, field)
     if value is None:
         return NONE
     text = _score(value.mean)
     if value.std is not None:
         text += f" \N{PLUS-MINUS SIGN} {100 * value.std:.1f}"
-    return text if value.n == runs else f"{text} (n={value.n})"
+    text += "" if value.n == len(runs) else f" (n={value.n})"
+    return text if any(r.finished for r in runs) else f"{text} so far"
 
 
 def _score(value: float | None) -> str:
@@ -500,6 +507,8 @@ def _value(value: Any) -> str:
     """A value of a record, as short as it stays useful."""
     if value is None:
         return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
@@ -537,7 +546,7 @@ def _e(text: str) -> str:
 
 
 def _replace(files: dict[pathlib.Path, str]) -> None:
-    """Writes `files` so that each is there whole or not at all."""
+    """Write `files` so that each is there whole or not at all."""
     try:
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)

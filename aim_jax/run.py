@@ -4,6 +4,7 @@
 let the method decide, go on from the state it gives back.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -68,12 +69,22 @@ class Lesson(NamedTuple):
     key: tuple[int, int]
 
 
+class Place(NamedTuple):
+    """Where training stands after `step` steps of a task; best: delta and its loss."""
+
+    step: int
+    state: steps.State
+    memo: methods.Memo
+    best: Tree
+    best_loss: float
+
+
 def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
     """Train the stream of `cfg` and write everything into `folder`; returns the results.
 
-    A run that was stopped goes on after its last finished task; a finished one returns
-    its results. Raises InputError for input that cannot be used, before anything that
-    is already in `folder` is touched.
+    A run that was stopped goes on from its last checkpoint, and ends as if it had never
+    stopped; a finished one returns its results. Raises InputError for input that cannot
+    be used, before anything that is already in `folder` is touched.
     """
     claim(cfg, folder)
     done = finished(folder)
@@ -82,52 +93,33 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         return done
     began = time.perf_counter()
     job = prepare(cfg, folder)
-    delta = fresh(job)
-    memo = job.method.start(delta) if job.method.start else methods.Memo()
-    progress: dict[str, Any] = {
-        "fingerprint": job.base.fingerprint,
-        "matrix": [],
-        "seconds": dict.fromkeys(("train", "evaluate", "single", "total"), 0.0),
-    }
-    saved = checkpoint.load(folder / "checkpoints", delta, memo, job.devices.replicated)
-    if saved:
-        delta, memo, progress = saved
-        if progress["fingerprint"] != job.base.fingerprint:
-            raise aim_jax.InputError(
-                f"model.path: '{cfg.model.path}' has changed since {folder} was begun;"
-                " restore it or use another --workdir"
-            )
-    seconds = progress["seconds"]
-    before = seconds["total"]
-    logs.cut(folder, len(progress["matrix"]))
-    with logs.bar(*_lengths(job, progress), "", cfg.logs.progress) as bar:
-        for number in range(len(progress["matrix"]), len(job.stream)):
-            delta, memo = train_task(job, number, delta, memo, seconds, bar)
-            scores = evaluate_task(job, number, delta, seconds)
-            progress["matrix"].append(scores)
+    with checkpoint.open(folder / "checkpoints") as checkpointer:
+        place, facts = restore(job, checkpointer)
+        matrix, seconds = facts["matrix"], facts["seconds"]
+        before = seconds["total"]
+        logs.cut(folder, len(matrix), place.step)
+        counts = [batches.total_steps(len(t.train), cfg.train) for t in job.stream]
+        passed = sum(counts[: len(matrix)])
+
+        def save(place: Place) -> None:
             seconds["total"] = before + time.perf_counter() - began
-            name = _numbered(job, number)
-            hf.save_adapter(
-                folder / "adapters" / name,
-                delta,
-                job.base.keys,
-                cfg.lora,
-                cfg.model.path,
-            )
-            checkpoint.save(folder / "checkpoints", number + 1, delta, memo, progress)
-            write_results(job, progress, None)
-            shown = ", ".join(
-                f"{t.name} {100 * s:.1f}"
-                for t, s in zip(job.stream, scores, strict=False)
-            )
-            bar.write(f"after {name}: {shown}")
+            arrays, more = pack(place)
+            number = sum(counts[: len(matrix)]) + place.step
+            checkpoint.save(checkpointer, number, arrays, facts | more)
+
+        with logs.bar(sum(counts), passed + place.step, cfg.logs.progress) as bar:
+            for number in range(len(matrix), len(job.stream)):
+                place = train_task(job, number, place, seconds, bar, save)
+                scores = evaluate_task(job, number, place.state.delta, seconds)
+                matrix.append(scores)
+                save(place)
+                write_results(job, facts, None)
+                bar.write(f"after {_numbered(job, number)}: {_listed(job, scores)}")
     single = None
     if cfg.eval.fwt:
-        single = [
-            single_score(job, number, seconds) for number in range(len(job.stream))
-        ]
+        single = [single_score(job, number, seconds) for number in range(len(counts))]
     seconds["total"] = before + time.perf_counter() - began
-    results = write_results(job, progress, single, finished=True)
+    results = write_results(job, facts, single, finished=True)
     report.write([folder], folder / "report.html")
     return results
 
@@ -191,6 +183,54 @@ def fresh(job: Job) -> Tree:
     return jax.device_put(delta, job.devices.replicated)
 
 
+def restore(
+    job: Job, checkpointer: checkpoint.Checkpointer
+) -> tuple[Place, dict[str, Any]]:
+    """The place and the facts (score matrix, seconds) of the newest checkpoint.
+
+    Without one they are those of a new run. Raises InputError if the base has changed.
+    """
+    delta = fresh(job)
+    memo = job.method.start(delta) if job.method.start else methods.Memo()
+    state = steps.init(delta, 0, jax.random.key(0))
+    place = Place(0, state, memo, delta, math.inf)
+    facts: dict[str, Any] = {
+        "model": job.base.fingerprint,
+        "matrix": [],
+        "seconds": dict.fromkeys(("train", "evaluate", "single", "total"), 0.0),
+    }
+    saved = checkpoint.latest(checkpointer, pack(place)[0], job.devices.replicated)
+    if not saved:
+        return place, facts
+    arrays, facts = saved
+    if facts["model"] != job.base.fingerprint:
+        raise aim_jax.InputError(
+            f"model.path: '{job.cfg.model.path}' has changed since {job.folder} was"
+            " begun; restore it or use another --workdir"
+        )
+    host = memo.host
+    if host is not None:
+        values = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in facts["host"].items()
+        }
+        host = dataclasses.replace(host, **values)
+    best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
+    memo = methods.Memo(arrays["memo"], host)
+    place = Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
+    return place, facts
+
+
+def pack(place: Place) -> tuple[Tree, dict[str, Any]]:
+    """What of a place is arrays, and what is JSON."""
+    arrays = {"state": place.state, "memo": place.memo.arrays, "best": place.best}
+    host = place.memo.host
+    return arrays, {
+        "step": place.step,
+        "host": None if host is None else dataclasses.asdict(host),
+        "best_loss": place.best_loss if math.isfinite(place.best_loss) else None,
+    }
+
+
 def lesson(job: Job, number: int) -> Lesson:
     """Task `number` of the stream with what the earlier tasks leave it."""
     cfg, task = job.cfg, job.stream[number]
@@ -209,114 +249,109 @@ def lesson(job: Job, number: int) -> Lesson:
 def train_task(
     job: Job,
     number: int,
-    delta: Tree,
-    memo: methods.Memo,
+    place: Place,
     seconds: dict[str, float],
     bar: tqdm.tqdm,
-) -> tuple[Tree, methods.Memo]:
-    """The adapter and memo after task `number`, trained from `delta`."""
+    save: Callable[[Place], None],
+) -> Place:
+    """The place after task `number`, which is step 0 of the next; the adapter is saved.
+
+    place: where to begin, in the task or before it.
+    """
     began = time.perf_counter()
     task = lesson(job, number)
     bar.set_description(f"task {number + 1}/{len(job.stream)} {task.name}")
 
-    def log(signals: methods.Signals | None, **more: Any) -> None:
-        row = {"task": number, "name": task.name, **more}
-        if signals is None:
-            file = logs.METRICS if "validation" in more else logs.MERGES
-            logs.append(job.folder / file, row)
-            return
-        logs.append(job.folder / logs.METRICS, {**row, **signals._asdict()})
-        shown = {"loss": f"{signals.loss:.3f}"}
-        if signals.history is not None:
-            shown["history"] = f"{signals.history:.3f}"
-        if more.get("interval"):
-            shown["interval"] = more["interval"]
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
+    def log(file: str, row: dict[str, Any]) -> None:
+        logs.append(job.folder / file, {"task": number, "name": task.name, **row})
+        if "loss" in row:
+            names = ("loss", "history", "interval")
+            logs.show(bar, {name: row.get(name) for name in names})
 
-    delta, memo = train(job, job.method, task, delta, memo, log)
+    place = train(job, job.method, task, place, log, save)
+    hf.save_adapter(
+        job.folder / "adapters" / _numbered(job, number),
+        place.state.delta,
+        job.base.keys,
+        job.cfg.lora,
+        job.cfg.model.path,
+    )
     seconds["train"] += time.perf_counter() - began
-    return delta, memo
+    return place
 
 
 def train(
     job: Job,
     method: methods.Method,
     task: Lesson,
-    delta: Tree,
-    memo: methods.Memo,
-    log: Callable,
-) -> tuple[Tree, methods.Memo]:
-    """Train one task: the loop that every method shares.
+    place: Place,
+    log: Callable[[str, dict[str, Any]], None],
+    save: Callable[[Place], None],
+) -> Place:
+    """Train one task: the loop that every method shares. Returns step 0 of the next.
 
     The step after this one is on its way before the signals of this one are read. If the
     method answers them with another state, that step is dropped and sent again, so the
     trajectory is that of the plain loop. Raises InputError when a loss is not finite.
     """
     cfg = job.cfg
+    first, state, memo, best, best_loss = place
     total = batches.total_steps(len(task.train), cfg.train)
-    state = steps.init(
-        delta, total, jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
-    )
-    state = jax.device_put(state, job.devices.replicated)
     probing = method.probe and bool(task.memory)
     tools = _tools(job, task)
-    if method.before_task:
-        state, memo = method.before_task(tools, state, memo)
+    if first == 0:
+        key = jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
+        state = steps.init(state.delta, total, key)
+        state = jax.device_put(state, job.devices.replicated)
+        best, best_loss = state.delta, math.inf
+        if method.before_task:
+            state, memo = method.before_task(tools, state, memo)
     validation = [
         parallel.place(batch, job.devices)
         for batch in batches.validation_batches(
             job.text, task.validation, cfg.eval.batch_size, cfg.train.average
         )
     ]
-    best, best_loss = None, math.inf
 
     def dispatch(state: steps.State, memo: methods.Memo, step: int) -> tuple:
         batch, ids = _train_batch(job, task, step)
         after, measures = job.steps.train(job.base.params, state, memo.arrays, batch)
         history = None
         if probing:
-            history = job.steps.probe(
-                job.base.params, after, _memory_batch(job, task, [(step, 0)])
-            )
+            batch = _memory_batch(job, task, [(step, 0)])
+            history = job.steps.probe(job.base.params, after, batch)
         return after, measures, history, ids
 
-    ahead = dispatch(state, memo, 1)
-    for step in range(1, total + 1):
+    ahead = dispatch(state, memo, first + 1)
+    for step in range(first + 1, total + 1):
         state, measures, history, ids = ahead
         going_on = step < total
         if going_on and cfg.parallel.speculate:
             ahead = dispatch(state, memo, step + 1)
         signals = _read(step, total, measures, history)
         _check_finite(job, task, signals, ids)
-        record = None
-        trained, arrays = state, memo.arrays
+        record, trained, arrays = None, state, memo.arrays
         if method.after_step:
             state, memo, record = method.after_step(tools, state, memo, signals)
-        log(
-            signals,
-            merged=bool(record),
-            **(method.status(memo) if method.status and probing else {}),
-        )
+        status = method.status(memo) if method.status and probing else {}
+        log(logs.METRICS, {**signals._asdict(), "merged": bool(record), **status})
         if record:
-            log(None, step=step, **record)
+            log(logs.MERGES, {"step": step, **record})
         moved = state is not trained or memo.arrays is not arrays
         if going_on and (moved or not cfg.parallel.speculate):
             ahead = dispatch(state, memo, step + 1)
-        if step % cfg.train.eval_every == 0 and validation:
-            parts = [
-                job.steps.validate(job.base.params, state.delta, batch)
-                for batch in validation
-            ]
-            loss = float(sum(np.float64(part) for part in parts))
-            log(None, step=step, validation=loss)
+        if step % cfg.train.eval_every == 0:
+            loss = _validation_loss(job, state.delta, validation)
+            log(logs.METRICS, {"step": step, "validation": loss})
             if loss < best_loss:
                 best, best_loss = state.delta, loss
-    if best is not None and cfg.train.select == "best":
+        if going_on and step % cfg.train.checkpoint_every == 0:
+            save(Place(step, state, memo, best, best_loss))
+    if cfg.train.select == "best" and math.isfinite(best_loss):
         state = state._replace(delta=best)
     if method.after_task:
         state, memo = method.after_task(tools, state, memo)
-    return state.delta, memo
+    return Place(0, state, memo, state.delta, math.inf)
 
 
 def evaluate_task(
@@ -386,13 +421,19 @@ def single_score(job: Job, number: int, seconds: dict[str, float]) -> float:
         rows, held = tasks.holdout(task.train, cfg.single_holdout)
     examples, validation = (batches.encode(job.text, r) for r in (rows, held))
     alone = Lesson(task.name, examples, validation, [], _key(job.cfg, task))
+    delta = fresh(job)
+    state = steps.init(delta, 0, jax.random.key(0))
+    place = Place(0, state, methods.Memo(), delta, math.inf)
     total = batches.total_steps(len(examples), cfg)
-    with logs.bar(total, 0, f"single {task.name}", job.cfg.logs.progress) as bar:
+    with logs.bar(total, 0, job.cfg.logs.progress) as bar:
+        bar.set_description(f"single {task.name}")
 
-        def log(signals: methods.Signals | None, **more: Any) -> None:
-            bar.update(signals is not None)
+        def log(file: str, row: dict[str, Any]) -> None:
+            if "loss" in row:
+                logs.show(bar, {"loss": row["loss"]})
 
-        delta, _ = train(job, methods.Method(), alone, fresh(job), methods.Memo(), log)
+        place = train(job, methods.Method(), alone, place, log, lambda place: None)
+    delta = place.state.delta
     made = predict(job, delta, task)
     score = sum(r["score"] for r in made) / len(made)
     seconds["single"] += time.perf_counter() - began
@@ -402,12 +443,12 @@ def single_score(job: Job, number: int, seconds: dict[str, float]) -> float:
 
 def write_results(
     job: Job,
-    progress: dict[str, Any],
+    facts: dict[str, Any],
     single: list[float] | None,
     finished: bool = False,
 ) -> dict[str, Any]:
     """Write results.json and return its content."""
-    matrix = progress["matrix"]
+    matrix = facts["matrix"]
     count = len(job.stream)
     results = {
         "method": job.cfg.method.name,
@@ -424,7 +465,7 @@ def write_results(
         "versions": _versions(),
         "model": job.base.fingerprint,
         "config_sha256": config.sha256(job.cfg),
-        "seconds": {k: round(v, 3) for k, v in progress["seconds"].items()},
+        "seconds": {k: round(v, 3) for k, v in facts["seconds"].items()},
     }
     logs.write(job.folder / "results.json", json.dumps(results, indent=1))
     return results
@@ -450,10 +491,9 @@ def _numbered(job: Job, number: int) -> str:
     return f"{number:02d}-{job.stream[number].name}"
 
 
-def _lengths(job: Job, progress: dict[str, Any]) -> tuple[int, int]:
-    """Steps of the whole stream, and those already done."""
-    counts = [batches.total_steps(len(t.train), job.cfg.train) for t in job.stream]
-    return sum(counts), sum(counts[: len(progress["matrix"])])
+def _listed(job: Job, scores: list[float]) -> str:
+    named = zip(job.stream, scores, strict=False)
+    return ", ".join(f"{task.name} {100 * score:.1f}" for task, score in named)
 
 
 def _train_batch(job: Job, task: Lesson, step: int) -> tuple[Tree, list[str]]:
@@ -516,6 +556,11 @@ def _read(step: int, total: int, measures: Tree, history: Any) -> methods.Signal
         **{k: float(v) for k, v in measures.items()},
         history=None if history is None else float(history),
     )
+
+
+def _validation_loss(job: Job, delta: Tree, validation: list[Tree]) -> float:
+    parts = [job.steps.validate(job.base.params, delta, batch) for batch in validation]
+    return float(np.sum(jax.device_get(parts), dtype=np.float64))
 
 
 def _check_finite(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 COLORS = 6  # hues of the palette; a colour index wraps around
-POINTS = 1500  # of a line at most
+POINTS = 1200  # of a line at most
 
 CSS = """
 :root {
@@ -37,7 +37,7 @@ svg.plot .grid { stroke: var(--rule); stroke-width: 1 }
 svg.plot .mark { stroke: var(--soft); stroke-width: 1; opacity: .75 }
 svg.plot .line { fill: none; stroke: var(--c); stroke-width: 1.7;
   stroke-linejoin: round; stroke-linecap: round }
-svg.plot .faint { stroke-width: 1; opacity: .4 }
+svg.plot .faint { stroke-width: 1; opacity: .4 } svg.plot .bold { stroke-width: 2.8 }
 svg.plot .dash { stroke-dasharray: 5 3.5; stroke-linecap: butt }
 svg.plot .dot { fill: var(--c); stroke: var(--page); stroke-width: 1 }
 svg.plot .heat { fill: var(--heat) } svg.plot .none { fill: var(--panel) }
@@ -45,14 +45,14 @@ svg.plot rect.own { stroke: var(--ink); stroke-width: 1.5 }
 """
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LETTER = 6.3  # width of an average letter of 11 px, on the generous side
+LETTER = 6.8  # width of an average letter of 11 px, on the generous side
 
 
 class Series(NamedTuple):
     """One line (`line`), staircase (`step`: a level a point) or point cloud (`dots`).
 
-    None and non-finite values are gaps. `faint` is background and stays out of the legend;
-    `right` puts it on the right axis; `tips` are tooltips of dots.
+    None and non-finite values are gaps. `weight` is `bold`, or `faint` for background that
+    stays out of the legend; `right` puts it on the right axis; `tips` are tooltips of dots.
     """
 
     label: str
@@ -61,7 +61,7 @@ class Series(NamedTuple):
     color: int = 0
     kind: str = "line"
     dash: bool = False
-    faint: bool = False
+    weight: str = ""
     right: bool = False
     tips: Sequence[str] = ()
 
@@ -171,7 +171,7 @@ def chart(
     width, height = size
     legend, rows = _legend(series, marks, width)
     top = 34 + 16 * rows + (8 if any(m.text for m in marks) else 0)
-    left, right, bottom = 50, width - (46 if right_label else 14), height - 38
+    left, right, bottom = 50, width - (46 if right_label else 22), height - 38
     across = [x for s in series for x in s.xs] + [m.x for m in marks]
     if ticks is None:
         numbers = axis(across, zero=False, count=8)
@@ -182,12 +182,10 @@ def chart(
         across += [v for v, _ in ticks]
         low, high = min(across) - 0.5, max(across) + 0.5
     x_axis = Axis(low, max(high, low + 1e-9), [])
-    y_axes = [
-        axis(
-            [y for s in series if s.right == side for y in s.ys if _finite(y)], log=log
-        )
-        for side in (False, True)
-    ]
+    y_axes = []
+    for side in (False, True):
+        values = [y for s in series if s.right == side for y in s.ys if _finite(y)]
+        y_axes.append(axis(values, log=log))
 
     def across_at(value: float) -> float:
         return x_axis.place(value, left, right)
@@ -214,7 +212,7 @@ def chart(
         parts.append(_line(x, top, x, bottom, _class("mark", mark.dash), mark.tip))
         if mark.text:
             parts.append(_text(x + 3, top - 5, mark.text))
-    for one in sorted(series, key=lambda s: not s.faint):
+    for one in sorted(series, key=lambda s: s.weight != "faint"):
         parts += _draw(one, across_at, lambda y, side=one.right: up_at(y, side))
     return _svg(title, width, height, parts)
 
@@ -231,19 +229,21 @@ def heatmap(
 
     None is an empty cell; the diagonal is framed; `below` is one more row set apart.
     """
-    longest = max((len(short(n)) for n in (*rows, *columns, "single task")), default=4)
+    names = [short(n) for n in (*rows, *columns, *(below or ())[:1])]
+    longest = max(map(len, names), default=0) * LETTER
     cell_w, cell_h = 52, 28
     slanted = any(len(short(c)) * LETTER > cell_w for c in columns)
-    left = 16 + round(longest * LETTER)
-    top = 46 + (round(longest * LETTER * 0.6) if slanted else 6)
-    width = left + cell_w * len(columns) + (30 if slanted else 14)
-    lines = [(name, values, top + i * cell_h) for i, (name, values) in
-             enumerate(zip(rows, matrix, strict=True))]  # fmt: skip
+    left, top = 18 + round(longest), 60
+    width = left + cell_w * len(columns) + 14
+    if slanted:  # by 35 degrees, from the middle of the last column
+        top += round(0.58 * longest) - 8
+        width += max(0, round(0.82 * longest - cell_w / 2))
     height = top + cell_h * len(rows) + 12
+    lines = [(n, matrix[i], top + cell_h * i) for i, n in enumerate(rows)]
     if below:
         lines.append((*below, height))
         height += cell_h + 12
-    width = max(width, round(len(title) * 7.6) + 20)
+    width = max(width, round(len(title) * 7.6) + 20, round(len(corner) * LETTER) + 20)
     parts = [_text(10, 18, title, "title"), _text(10, 36, corner)]
     for j, name in enumerate(columns):
         x = left + cell_w * (j + 0.5)
@@ -263,8 +263,8 @@ def heatmap(
             fill = f'<rect class="heat" {box} fill-opacity="{depth:.2f}"/>'
             frame = f'<rect class="cell{own}" {box} fill="none"/>'
             tip = f"{name}: {100 * value:.2f} % on {columns[j]}"
-            number = _text(x + cell_w / 2, y + 18, f"{100 * value:.1f}", f"value{own}",
-                           anchor="middle")  # fmt: skip
+            score = f"{100 * value:.1f}"
+            number = _text(x + cell_w / 2, y + 18, score, f"value{own}", "middle")
             parts.append(f"<g><title>{_e(tip)}</title>{fill}{frame}{number}</g>")
     return _svg(title, width, height, parts, "heatmap")
 
@@ -312,7 +312,7 @@ def _draw(series: Series, x_at: Callable, y_at: Callable) -> list[str]:
             path.append(f"{'L' if joined else 'M'}{start} {_n(y_at(y))}")
             path.append(f"H{end}" if end != start or not joined else "")
         joined = y is not None
-    kind = _class("line", series.dash, series.faint)
+    kind = _class("line", series.dash, series.weight)
     return [f'<path class="{kind} {color}" d="{"".join(path)}"/>']
 
 
@@ -321,9 +321,9 @@ def _legend(
 ) -> tuple[list[str], int]:
     """Elements of the legend below the title, and its number of rows."""
     entries = []  # (swatch, its class, label)
-    for one in (s for s in series if s.label and not s.faint):
+    for one in (s for s in series if s.label and s.weight != "faint"):
         shape = "dot" if one.kind == "dots" else "line"
-        kind = f"{_class(shape, one.dash)} c{one.color % COLORS}"
+        kind = f"{_class(shape, one.dash, one.weight)} c{one.color % COLORS}"
         entries.append((shape, kind, one.label))
     for dash, label in sorted({(m.dash, m.label) for m in marks if m.label}):
         entries.append(("mark", _class("mark", dash), label))
@@ -364,8 +364,8 @@ def _line(x1, y1, x2, y2, kind: str, tip: str = "") -> str:
     return f'<line class="{kind}" {ends}>{_tip(tip)}</line>'
 
 
-def _class(kind: str, dash: bool, faint: bool = False) -> str:
-    return kind + (" dash" if dash else "") + (" faint" if faint else "")
+def _class(kind: str, dash: bool, weight: str = "") -> str:
+    return " ".join(filter(None, (kind, "dash" if dash else "", weight)))
 
 
 def _tip(text: str) -> str:

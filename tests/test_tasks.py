@@ -141,8 +141,8 @@ def test_text_is_kept_as_it_is(tmp_path):
 
 def test_synthetic_tasks_come_from_the_seed():
     loaded = tasks.load(config.Data(seed=3, limit_train=5))
-    assert [task.name for task in loaded] == list(synthetic.NAMES)
-    name = synthetic.NAMES[-1]
+    assert [task.name for task in loaded] == list(synthetic.STREAM)
+    name = synthetic.STREAM[-1]
     made = synthetic.task(name, 3, synthetic.TRAIN, synthetic.DEV, synthetic.TEST)
     (task,) = tasks.load(config.Data(seed=3, tasks=(name,)))
     assert (task.train, task.dev, task.test) == tuple(made[s] for s in tasks.SPLITS)

@@ -4,7 +4,6 @@ A parameter that is stacked over layers is read layer by layer, and each device 
 its slice. Pickle files are never opened.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,22 @@ import aim_jax
 from aim_jax import config, lora, models
 
 ASSETS = pathlib.Path(aim_jax.__file__).parent / "assets"
+# What a model directory of the hub is read for: config, tokenizer, weights.
+FILES = ["*.json", "*.model", "*.txt", "*.jinja", "model*.safetensors"]
+# Fields of a PEFT config that are ours, or that change no number.
+PEFT_KNOWN = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+PEFT_INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
 
 
 class Base(NamedTuple):
@@ -40,14 +55,35 @@ class Base(NamedTuple):
 
 
 def directory(path: str) -> pathlib.Path:
-    """The folder of a `model.path`: the embedded model or a local directory."""
+    """The folder of a `model.path`: the embedded model, a local directory or a hub id's.
+
+    A hub id's files come from the cache of huggingface_hub, downloaded if need be.
+    """
     folder = ASSETS if path == "embedded" else pathlib.Path(path)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        folder = _download(path)
     if not (folder / "config.json").is_file():
         raise aim_jax.InputError(
-            f"model.path: no config.json in '{path}'; give a Hugging Face model directory"
-            " or `embedded`"
+            f"model.path: no config.json in '{path}'; give a Hugging Face model directory,"
+            " a hub id or `embedded`"
         )
     return folder
+
+
+def _download(name: str) -> pathlib.Path:
+    """The local snapshot of a hub id; no network where HF_HUB_OFFLINE is set."""
+    import huggingface_hub  # slow to import, and only this function needs it
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=FILES)
+        )
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise aim_jax.InputError(
+            f"model.path: '{name}' is no local directory, and the hub does not give it:"
+            f" {why}"
+        ) from None
 
 
 def load(cfg: config.Model, sharding: jax.sharding.Sharding | None = None) -> Base:
@@ -68,27 +104,32 @@ def load(cfg: config.Model, sharding: jax.sharding.Sharding | None = None) -> Ba
     files = tensor_files(folder)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with contextlib.ExitStack() as stack:
-        opened = {
-            file: stack.enter_context(safetensors.safe_open(file, "numpy"))
-            for file in sorted(set(files.values()))
-        }
-        handles = {name: opened[file] for name, file in files.items()}
-        _check(folder, handles, shapes, keys, family.IGNORED)
-        flat = {
-            path: _place(handles, keys[path], shape, dtype, sharding)
-            for path, shape in shapes.items()
-        }
+    _check(folder, files, shapes, keys, family.IGNORED)
+    # The largest first: while one is read, its bytes are in memory twice.
+    flat = {
+        path: _place(files, keys[path], shapes[path], dtype, sharding)
+        for path in sorted(shapes, key=lambda path: -shapes[path].size)
+    }
     return Base(family, model, unflatten(flat), keys, _fingerprint(folder, files))
+
+
+def companions(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Tokenizer and generation files of a model directory: all that is no weight."""
+    kinds = (".json", ".model", ".txt", ".jinja")
+    spare = ("config.json", "model.safetensors.index.json")
+    found = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file())
+    return [p for p in found if p.name not in spare]
 
 
 def read_config(folder: pathlib.Path) -> tuple[ModuleType, Any]:
     """Family module and its Config from a folder's config.json."""
     file = folder / "config.json"
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise aim_jax.InputError(f"{file}: not JSON: {error}") from None
+    data = _json(file)
+    if "text_config" in data:
+        raise aim_jax.InputError(
+            f"{file}: model_type '{data.get('model_type')}' is not text alone; save its"
+            " language model by itself and give that directory"
+        )
     family = models.family(data.get("model_type", "none"))
     try:
         return family, family.config_from_hf(data)
@@ -104,14 +145,47 @@ def abstract(model: Any) -> dict[str, Any]:
 
 
 def save(
-    folder: pathlib.Path, params: dict[str, Any], keys: dict[str, str]
-) -> pathlib.Path:
-    """Write `params` as model.safetensors under Hugging Face names; returns the file."""
-    tensors = {}
-    for path, value in flatten(params).items():
-        tensors.update(_unstack(keys[path], np.asarray(value)))
+    folder: pathlib.Path,
+    params: dict[str, Any],
+    keys: dict[str, str],
+    limit: int = 5 * 10**9,
+) -> None:
+    """Write `params` under Hugging Face names: model.safetensors, or shards and an index.
+
+    limit: bytes of tensors in one file; only a tensor that is larger alone exceeds it.
+    """
+    flat = flatten(params)
+    shards: list[dict[str, tuple[str, int | None]]] = [{}]
+    size = 0
+    for path, value in flat.items():
+        names = _names(keys[path], value.shape)
+        for row, name in enumerate(names):
+            part = value.nbytes // len(names)
+            if shards[-1] and size + part > limit:
+                shards.append({})
+                size = 0
+            size += part
+            shards[-1][name] = path, row if "{}" in keys[path] else None
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     folder.mkdir(parents=True, exist_ok=True)
-    return _write(folder / "model.safetensors", tensors)
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {
+            name: np.asarray(flat[path] if row is None else flat[path][row])
+            for name, (path, row) in shard.items()
+        }
+        _write(folder / file, tensors)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(v.nbytes for v in flat.values())},
+            "weight_map": {
+                n: f for f, shard in zip(files, shards, strict=True) for n in shard
+            },
+        }
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_adapter(
@@ -128,9 +202,10 @@ def save_adapter(
     tensors = {}
     for path, value in flatten(delta).items():
         module, _, side = path.rpartition("/")
-        template = _adapter_name(keys[f"{module}/weight"], side)
-        for name, tensor in _unstack(template, np.asarray(value, np.float32)):
-            tensors[name] = tensor
+        name = _adapter_name(keys[f"{module}/weight"], side)
+        value = np.asarray(value, np.float32)
+        stacked = value if "{}" in name else [value]
+        tensors.update(zip(_names(name, value.shape), stacked, strict=True))
     named = lora.named(keys, cfg)
     settings = {
         "peft_type": "LORA",
@@ -153,6 +228,75 @@ def save_adapter(
     _write(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return folder
+
+
+def load_adapter(
+    folder: pathlib.Path, params: dict[str, Any], keys: dict[str, str]
+) -> tuple[dict[str, Any], config.Lora]:
+    """The float32 delta and the settings of a PEFT adapter.
+
+    params, keys: those of the base (or its shapes). Raises InputError for whatever PEFT
+    can express and a delta cannot (DoRA, rank patterns, saved modules, ...), for tensors
+    that are missing, unknown or of another shape, and for values that are not finite.
+    """
+    cfg = _adapter_config(folder / "adapter_config.json")
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise aim_jax.InputError(f"{folder}: no {file.name}{_pickles(folder)}")
+    shapes = flatten(
+        jax.eval_shape(lambda: lora.init(jax.random.key(0), params, keys, cfg))
+    )
+    names = {}
+    for path in shapes:
+        module, _, side = path.rpartition("/")
+        names[path] = _adapter_name(keys[f"{module}/weight"], side)
+    files = dict.fromkeys(_tensors(file), file)
+    _check(folder, files, shapes, names)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    flat = {
+        path: _place(files, names[path], leaf, jnp.dtype("float32"), device)
+        for path, leaf in shapes.items()
+    }
+    bad = [names[p] for p, value in flat.items() if not jnp.isfinite(value).all()]
+    if bad:
+        raise aim_jax.InputError(f"{file}: values that are not finite in {_some(bad)}")
+    return unflatten(flat), cfg
+
+
+def _adapter_config(file: pathlib.Path) -> config.Lora:
+    """The settings of an adapter_config.json that says nothing but what they can hold."""
+    data = _json(file)
+    if data.get("peft_type") != "LORA":
+        raise aim_jax.InputError(
+            f"{file}: peft_type {data.get('peft_type')} is not supported; it must be LORA"
+        )
+    refused = {
+        field: value
+        for field, value in data.items()
+        # PEFT writes every field; those not in use are empty.
+        if value and field not in PEFT_KNOWN | PEFT_INERT
+    }
+    if refused.get("bias") == "none":
+        del refused["bias"]
+    if refused.get("init_lora_weights") in (True, "gaussian"):
+        del refused["init_lora_weights"]
+    if refused:
+        shown = ", ".join(f"{k} = {v!r}" for k, v in sorted(refused.items()))
+        raise aim_jax.InputError(
+            f"{file}: not supported: {shown}; an adapter here is A and B of one rank and"
+            " scale for whole kinds of dense layers"
+        )
+    target = data.get("target_modules") or ()
+    try:
+        return config.Lora(
+            r=data["r"],
+            alpha=float(data["lora_alpha"]),
+            dropout=float(data.get("lora_dropout", 0.0)),
+            target=(target,) if isinstance(target, str) else tuple(sorted(target)),
+            use_rslora=data.get("use_rslora", False),
+        )
+    except KeyError as error:
+        raise aim_jax.InputError(f"{file}: no field {error}") from None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -181,38 +325,54 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Name of each tensor in the checkpoint -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
     if index.is_file():
-        files = [
-            folder / n for n in json.loads(index.read_text())["weight_map"].values()
-        ]
-    else:
-        files = [folder / "model.safetensors"]
-    files = sorted(set(files))
+        files = sorted({folder / n for n in _json(index)["weight_map"].values()})
     absent = [f.name for f in files if not f.is_file()]
-    pickles = sorted(
-        p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}")
-    )
     if absent:
-        why = ""
-        if pickles:
-            why = (
-                f"; {pickles[0]} is a pickle, which can run code when opened: convert it"
-                " with save_pretrained(..., safe_serialization=True)"
-            )
-        raise aim_jax.InputError(f"{folder}: no {', '.join(absent)}{why}")
+        raise aim_jax.InputError(f"{folder}: no {_some(absent)}{_pickles(folder)}")
     where: dict[str, pathlib.Path] = {}
     repeated = []
     for file in files:
-        try:
-            with safetensors.safe_open(file, "numpy") as handle:
-                names = list(handle.keys())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise aim_jax.InputError(f"{file}: not readable: {error}") from None
+        names = _tensors(file)
         repeated += [name for name in names if name in where]
         where |= dict.fromkeys(names, file)
     if repeated:
         raise aim_jax.InputError(f"{folder}: repeated tensors {_some(repeated)}")
     return where
+
+
+def _tensors(file: pathlib.Path) -> list[str]:
+    """Names of the tensors in a file."""
+    try:
+        with safetensors.safe_open(file, "numpy") as handle:
+            return list(handle.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise aim_jax.InputError(f"{file}: not readable: {error}") from None
+
+
+def _pickles(folder: pathlib.Path) -> str:
+    """Why the pickle files of a folder do not serve, if there are any."""
+    found = sorted(p.name for s in ("bin", "pt", "pth") for p in folder.glob(f"*.{s}"))
+    if not found:
+        return ""
+    return (
+        f"; {found[0]} is a pickle, which can run code when opened: convert it with"
+        " save_pretrained(..., safe_serialization=True)"
+    )
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError for a file that is missing or holds no such."""
+    try:
+        data = json.loads(file.read_text())
+    except OSError as error:
+        raise aim_jax.InputError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise aim_jax.InputError(f"{file}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise aim_jax.InputError(f"{file}: must be a JSON object")
+    return data
 
 
 def _names(template: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -222,17 +382,9 @@ def _names(template: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {template.format(i): shape[1:] for i in range(shape[0])}
 
 
-def _unstack(template: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Hugging Face names and tensors of one parameter of our tree."""
-    if "{}" not in template:
-        return [(template, value)]
-    return [(template.format(i), layer) for i, layer in enumerate(value)]
-
-
-def _write(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> pathlib.Path:
+def _write(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-    return file
 
 
 def _adapter_name(weight: str, side: str) -> str:
@@ -248,27 +400,32 @@ def _encodes(keys: dict[str, str]) -> bool:
 
 def _check(
     folder: pathlib.Path,
-    handles: dict[str, Any],
+    files: dict[str, pathlib.Path],
     shapes: dict[str, Any],
     keys: dict[str, str],
-    ignored: tuple[str, ...],
+    ignored: tuple[str, ...] = (),
 ) -> None:
-    """Raise InputError unless the checkpoint holds exactly the tensors of the model."""
+    """Raise InputError unless `files` hold exactly the tensors of `shapes`."""
     wanted: dict[str, tuple[int, ...]] = {}
     for path, leaf in shapes.items():
         wanted |= _names(keys[path], leaf.shape)
     spare = re.compile("|".join(ignored) or "$^")
-    missing = [n for n in wanted if n not in handles]
-    unknown = [n for n in handles if n not in wanted and not spare.fullmatch(n)]
-    misshapen = []
-    for name in wanted.keys() & handles.keys():
-        found = tuple(handles[name].get_slice(name).get_shape())
-        if found != wanted[name]:
-            misshapen.append(f"{name} {found}, not {wanted[name]}")
-    problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
-    text = "; ".join(f"{k} tensors {_some(v)}" for k, v in problems.items() if v)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(files.values())):
+        with safetensors.safe_open(file, "numpy") as handle:
+            found |= {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()}
+    problems = {
+        "missing": [n for n in wanted if n not in found],
+        "unknown": [n for n in found if n not in wanted and not spare.fullmatch(n)],
+        "misshapen": [
+            f"{n} {found[n]}, not {wanted[n]}"
+            for n in wanted.keys() & found.keys()
+            if found[n] != wanted[n]
+        ],
+    }
+    text = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
     if text:
-        raise aim_jax.InputError(f"{folder}: does not fit its config.json: {text}")
+        raise aim_jax.InputError(f"{folder}: tensors do not fit its config: {text}")
 
 
 def _some(names: list[str]) -> str:
@@ -277,7 +434,7 @@ def _some(names: list[str]) -> str:
 
 
 def _place(
-    handles: dict[str, Any],
+    files: dict[str, pathlib.Path],
     template: str,
     leaf: jax.ShapeDtypeStruct,
     dtype: jnp.dtype,
@@ -285,17 +442,21 @@ def _place(
 ) -> jax.Array:
     """One parameter on its devices, each device's slice read from the files alone."""
 
+    def slice_of(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for one tensor: a mapped file's pages stay in memory until it is closed.
+        with safetensors.safe_open(files[name], "numpy") as handle:
+            return handle.get_slice(name)[index]
+
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in template:
-            return np.asarray(handles[template].get_slice(template)[index], dtype)
+            return slice_of(template, index).astype(dtype, copy=False)
         numbers = range(*index[0].indices(leaf.shape[0]))
         sizes = [
             len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
         ]
         out = np.empty(sizes, dtype)
         for row, number in enumerate(numbers):
-            name = template.format(number)
-            out[row] = handles[name].get_slice(name)[index[1:]]
+            out[row] = slice_of(template.format(number), index[1:])
         return out
 
     return jax.make_array_from_callback(leaf.shape, sharding, read)

@@ -1,0 +1,111 @@
+"""Adapters and merged models out of a run.
+
+    python -m aim_jax.export --workdir DIR --format peft|merged --out OUT [--task NAME]
+
+`peft` is an adapter that `peft.PeftModel` loads; `merged` a Hugging Face model with the
+adapter folded into its weights, for transformers or an inference server. Without --task
+the adapter is that after the last finished task.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+
+import aim_jax
+from aim_jax import config, lora
+from aim_jax.models import hf
+
+FORMATS = ("peft", "merged")
+
+
+def adapter(workdir: pathlib.Path, task: str | None = None) -> pathlib.Path:
+    """The folder of the adapter after `task`, or after the last one.
+
+    Raises InputError that lists the tasks there are.
+    """
+    folders = sorted(p for p in (workdir / "adapters").glob("*-*") if p.is_dir())
+    if not folders:
+        raise aim_jax.InputError(
+            f"--workdir {workdir}: no adapters/NN-TASK folder; give the workdir of a run"
+            " that has finished a task"
+        )
+    found = {p.name.partition("-")[2]: p for p in folders}
+    if task is not None and task not in found:
+        raise aim_jax.InputError(
+            f"--task: no adapter after '{task}'; there are {', '.join(found)}"
+        )
+    return found[task] if task is not None else folders[-1]
+
+
+def peft(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
+    """Write the adapter `source` to `out`, checked against the base's config."""
+    family, model_config = hf.read_config(hf.directory(cfg.model.path))
+    keys = family.keys(model_config)
+    shapes = hf.abstract(family.Model(model_config))
+    delta, settings = hf.load_adapter(source, shapes, keys)
+    hf.save_adapter(out, delta, keys, settings, cfg.model.path)
+
+
+def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
+    """Write the base with the adapter `source` folded in, in the type of `model.dtype`.
+
+    Beside the weights go config and tokenizer files of the base.
+    """
+    base = hf.load(cfg.model)
+    delta, settings = hf.load_adapter(source, base.params, base.keys)
+    hf.save(out, lora.fold(base.params, delta, settings), base.keys)
+    folder = hf.directory(cfg.model.path)
+    for file in hf.companions(folder):
+        shutil.copyfile(file, out / file.name)
+    data: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    # Earlier transformers read torch_dtype, transformers 5 reads either.
+    data.pop("dtype", None)
+    data["torch_dtype"] = cfg.model.dtype
+    (out / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def write(
+    workdir: pathlib.Path, kind: str, out: pathlib.Path, task: str | None
+) -> None:
+    """Write what `main` describes to the new folder `out`."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise aim_jax.InputError(f"--workdir {workdir}: no config.json; not a run")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
+    cfg = config.from_json(json.loads(file.read_text()))
+    source = adapter(workdir, task)
+    {"peft": peft, "merged": merged}[kind](cfg, source, out)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command: absl's arguments in, a folder out."""
+    values = flags.FLAGS
+    # A model is taken apart and written: no work for an accelerator, nor for its memory.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        for name in ("workdir", "format", "out"):
+            if not values[name].value:
+                raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
+        out = pathlib.Path(values.out)
+        write(pathlib.Path(values.workdir), values.format, out, values.task)
+    except aim_jax.InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(out)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "the folder of a run")
+    flags.DEFINE_enum("format", None, FORMATS, "peft or merged")
+    flags.DEFINE_string("out", None, "the folder to write")
+    flags.DEFINE_string(
+        "task", None, "the task after which; default: the last finished"
+    )
+    app.run(main)

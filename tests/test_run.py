@@ -1,0 +1,227 @@
+"""The main job on small streams: results, resume, compilations, speculation, bad input."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import aim_jax
+from aim_jax import checkpoint, config, logs, methods, run
+from aim_jax.data import synthetic
+from aim_jax.methods import aim, sequential
+
+TASKS = synthetic.STREAM[:3]
+
+
+def make(method=None, **changes):
+    """A config of a three-task stream that trains in seconds."""
+    cfg = config.Config(
+        data=config.Data(
+            tasks=TASKS,
+            limit_train=24,
+            limit_dev=4,
+            limit_test=8,
+            buckets=(64,),
+            target_buckets=(8,),
+        ),
+        memory=config.Memory(percent=25.0, batch_size=4),
+        train=config.Train(
+            epochs=2, batch_size=4, learning_rate=3e-3, warmup_steps=2, eval_every=6
+        ),
+        method=method or aim.Options(interval=2, rehearsal=2, threshold_factor=1.0),
+        eval=config.Eval(fwt=False, batch_size=8, max_length=8),
+        logs=config.Logs(progress=False),
+    )
+    for path, value in changes.items():
+        section, field = path.split("__")
+        part = dataclasses.replace(getattr(cfg, section), **{field: value})
+        cfg = dataclasses.replace(cfg, **{section: part})
+    return config.resolve(cfg)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def adapter(folder, number):
+    (path,) = (folder / "adapters").glob(f"{number:02d}-*/adapter_model.safetensors")
+    return safetensors.numpy.load_file(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run with single-task runs."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run.run(make(eval__fwt=True), folder)
+
+
+def test_results_and_files(whole):
+    folder, results = whole
+    assert results == json.loads((folder / "results.json").read_text())
+    matrix = results["matrix"]
+    assert [[v is None for v in row] for row in matrix] == [
+        [False, True, True],
+        [False, False, True],
+        [False, False, False],
+    ]
+    assert results["op"] == pytest.approx(np.mean(matrix[2]))
+    assert results["bwt"] == pytest.approx(
+        np.mean([matrix[2][j] - matrix[j][j] for j in range(2)])
+    )
+    assert results["fwt"] == pytest.approx(
+        np.mean([matrix[j][j] - results["single"][j] for j in range(3)])
+    )
+    assert len(list((folder.parent / "single").glob("*.json"))) == 3
+    for i in range(3):
+        names = {f"{t}.jsonl" for t in TASKS[: i + 1]}
+        found = folder / "predictions" / f"{i:02d}-{TASKS[i]}"
+        assert {p.name for p in found.iterdir()} == names
+        for j, task in enumerate(TASKS[: i + 1]):
+            made = rows(found, f"{task}.jsonl")
+            assert len(made) == 8
+            assert np.mean([r["score"] for r in made]) == pytest.approx(matrix[i][j])
+    assert (folder / "report.html").is_file()
+
+
+def test_metrics_and_merges_tell_the_trajectory(whole):
+    folder, _ = whole
+    steps = [r for r in rows(folder, logs.METRICS) if "loss" in r]
+    assert [r["step"] for r in steps] == [*range(1, 13)] * 3
+    assert all(r["history"] is None for r in steps if r["task"] == 0)
+    assert all(math.isfinite(r["history"]) for r in steps if r["task"] > 0)
+    merges = rows(folder, logs.MERGES)
+    assert {r["task"] for r in merges} == {1, 2}
+    marked = {(r["task"], r["step"]) for r in steps if r["merged"]}
+    assert marked == {(r["task"], r["step"]) for r in merges}
+    validations = [r["step"] for r in rows(folder, logs.METRICS) if "validation" in r]
+    assert validations == [6, 12] * 3
+
+
+def test_a_finished_run_says_so_and_computes_nothing(whole, capsys, monkeypatch):
+    folder, results = whole
+    monkeypatch.setattr(run, "prepare", None)
+    assert run.run(make(eval__fwt=True), folder) == results
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task, step", [(0, 3), (1, 1), (1, 7), (2, 12)])
+def test_a_stopped_run_ends_as_the_unbroken_one(
+    whole, tmp_path, monkeypatch, task, step
+):
+    folder = tmp_path / "stopped"
+    real, seen = run._read, []
+
+    def interrupted(number, *args):
+        seen.append(number)
+        if seen.count(1) == task + 1 and number == step:
+            raise KeyboardInterrupt
+        return real(number, *args)
+
+    cfg = make(train__checkpoint_every=5)
+    monkeypatch.setattr(run, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(cfg, folder)
+    before = len(seen)
+    monkeypatch.setattr(run, "_read", lambda *args: seen.append(0) or real(*args))
+    results = run.run(cfg, folder)
+    # It went on from the checkpoint before the stop, not from the start.
+    assert len(seen) - before == 36 - (12 * task + (step - 1) // 5 * 5)
+    assert results["matrix"] == whole[1]["matrix"]
+    for name in (logs.METRICS, logs.MERGES):
+        assert rows(folder, name) == rows(whole[0], name)
+    for number in range(3):
+        ours, theirs = adapter(folder, number), adapter(whole[0], number)
+        assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_speculation_gives_the_plain_trajectory_bitwise(whole, tmp_path):
+    run.run(make(parallel__speculate=False), tmp_path / "plain")
+    for name in (logs.METRICS, logs.MERGES):
+        assert rows(tmp_path / "plain", name) == rows(whole[0], name)
+    ours, theirs = adapter(tmp_path / "plain", 2), adapter(whole[0], 2)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_sequential_is_the_run_without_memory_and_merges(whole, tmp_path):
+    folder = tmp_path / "sequential"
+    run.run(make(sequential.Options()), folder)
+    assert not (folder / logs.MERGES).exists()
+    steps = [r for r in rows(folder, logs.METRICS) if "loss" in r]
+    assert all(r["history"] is None and not r["merged"] for r in steps)
+    # The first task has no memory, so both methods train it alike.
+    ours, theirs = adapter(folder, 0), adapter(whole[0], 0)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+    assert not np.array_equal(
+        *(list(adapter(f, 2).values())[0] for f in (folder, whole[0]))
+    )
+
+
+def test_compilations_are_bounded_by_length_buckets(tmp_path):
+    cfg = make(data__buckets=(32, 48, 64))
+    job = run.prepare(cfg, tmp_path)
+    counts = []
+    with checkpoint.open(tmp_path / "checkpoints") as checkpointer:
+        place, facts = run.restore(job, checkpointer)
+    with logs.bar(1, 0, False) as bar:
+        for number in range(3):
+            place = run.train_task(
+                job, number, place, facts["seconds"], bar, lambda place: None
+            )
+            counts.append(job.steps.train._cache_size())
+    buckets = len(cfg.data.buckets)
+    assert 1 <= counts[0] <= counts[-1] <= buckets
+    for step in (job.steps.probe, job.steps.rehearse, job.steps.validate):
+        assert step._cache_size() <= buckets
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rows_and_adapter(
+    tmp_path, monkeypatch
+):
+    real = run.lesson
+
+    def poisoned(job, number):
+        if number == 1:
+            broken = jax.tree.map(lambda x: x * np.nan, job.base.params)
+            job.base.params.update(broken)
+        return real(job, number)
+
+    monkeypatch.setattr(run, "lesson", poisoned)
+    with pytest.raises(aim_jax.InputError) as error:
+        run.run(make(), tmp_path / "run")
+    text = str(error.value)
+    assert f"task {TASKS[1]}, step 1: loss" in text
+    assert f"{TASKS[1]}_" in text and f"00-{TASKS[0]}" in text
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(whole):
+    folder, _ = whole
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(aim_jax.InputError, match="train.seed: 42, not 7"):
+        run.run(make(train__seed=7), folder)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(aim_jax.InputError, match="not empty and holds no run"):
+        run.run(make(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_missing_model_or_data_leave_no_workdir(tmp_path):
+    for cfg, culprit in (
+        (make(model__path=str(tmp_path / "nothing")), "model.path"),
+        (make(data__benchmark="superni", data__root=str(tmp_path / "no")), "data.root"),
+    ):
+        with pytest.raises(aim_jax.InputError, match=culprit):
+            run.run(cfg, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_signals_are_plain_numbers():
+    signals = methods.Signals(1, 2, 0.5, 0.1, 1e-3, 0.0, None)
+    assert json.loads(json.dumps(signals._asdict()))["history"] is None
