@@ -9,6 +9,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import aim_jax
+
 Matrix = Sequence[Sequence[float | None]]
 
 
@@ -129,8 +131,12 @@ def fwt(matrix: Matrix, single: Sequence[float | None] | None) -> float | None:
 @functools.cache
 def _scorer() -> Any:
     # The import takes over a second, and most runs have no ROUGE task.
-    from rouge_score import rouge_scorer
-
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError:
+        raise aim_jax.InputError(
+            "ROUGE-L needs the package rouge-score: pip install rouge-score"
+        ) from None
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 

@@ -93,6 +93,7 @@ def training_loss(run: records.Run) -> str:
         name = svg.short(task.name, room) if room > 3 else ""
         bounds.append(svg.Mark(start, text=name, tip=f"{task.name} begins"))
         start += length
+        xs, raw, smooth = [*xs, start], [*raw, None], [*smooth, None]
     series = [
         svg.Series("", xs, raw, weight="faint"),
         svg.Series("", xs, smooth),
@@ -123,7 +124,9 @@ def _forgetting(task: records.Task) -> str | None:
     history = _column(task.steps, "history")
     xs, series = [r["step"] for r in task.steps], []
     if _some(history):
-        limit = _column(task.steps, "threshold")
+        # The row of a step that merged already tells of the interval that follows.
+        merged = {r["step"]: r.get("threshold") for r in task.merges}
+        limit = [merged.get(r["step"], r.get("threshold")) for r in task.steps]
         series.append(svg.Series("memory loss", xs, history))
         series.append(svg.Series("threshold", xs, limit, 1, weight="bold"))
     title = "Forgetting signal" if series else "Validation loss"

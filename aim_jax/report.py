@@ -27,6 +27,7 @@ from aim_jax import config, plots, records, svg
 
 PREDICTIONS = 50  # rows shown of a task
 LETTERS = 400  # shown of an input
+WHOLE = 3  # values of a list shown in full
 NAMED = 3  # settings that tell groups of one method apart
 OPEN = 2  # runs whose sections are open at first
 SEEDS = ("train.seed", "data.seed")
@@ -76,6 +77,8 @@ code { font: .87em ui-monospace, "DejaVu Sans Mono", monospace }
 .predictions td:nth-child(2) { width: 50% } .predictions td:first-child { min-width: 7em }
 @media print {
   body { max-width: none; padding: 0; font-size: 11px } nav { display: none }
+  .grid:not(.wide, .maps) { grid-template-columns: 1fr 1fr }
+  figure svg, .wide svg { min-width: 0 }
   figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
   .heat { print-color-adjust: exact; -webkit-print-color-adjust: exact }
   details > .table, details > .predictions { max-height: none; overflow: visible }
@@ -352,11 +355,9 @@ def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
         parts.append(_grid([plots.training_loss(run)], "wide"))
     for task in (t for t in run.tasks if t.steps):
         forced = sum(bool(r.get("forced")) for r in task.merges)
-        steps = f"{task.steps[-1]['step']} steps"
-        merges = f", {len(task.merges)} merges" + (
-            f" ({forced} forced)" if forced else ""
-        )
-        note = steps + (merges if task.merges else "")
+        note = f"{task.steps[-1]['step']} steps"
+        note += f", {len(task.merges)} merges" if task.merges else ""
+        note += f" ({forced} forced)" if forced else ""
         heading = f"Task {task.number}: {_e(task.name)} <small>{_e(note)}</small>"
         anchor = f"run-{number}-task-{task.number}"
         panels = _grid(list(plots.of_task(task).values()))
@@ -511,6 +512,8 @@ def _value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list) and len(value) > WHOLE:
+        return f"{_value(value[0])} \N{HORIZONTAL ELLIPSIS} {_value(value[-1])}"
     if isinstance(value, list):
         return " / ".join(map(_value, value))
     return str(value)

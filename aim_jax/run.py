@@ -153,6 +153,9 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     stream = tasks.load(cfg.data)
     if not cfg.train.validation_leaks:
         stream = tasks.without_leaks(stream, cfg.train.validation_rows)
+    for metric in {task.metric for task in stream}:
+        # Shows a missing package now and not after hours of training.
+        metrics.score_row(metric, "", "")
     devices = parallel.open_devices(cfg.parallel.mode)
     base = hf.load(cfg.model, devices.replicated)
     text = batches.Text(

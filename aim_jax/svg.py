@@ -237,7 +237,7 @@ def heatmap(
     width = left + cell_w * len(columns) + 14
     if slanted:  # by 35 degrees, from the middle of the last column
         top += round(0.58 * longest) - 8
-        width += max(0, round(0.82 * longest - cell_w / 2))
+        width += max(0, round(0.86 * longest - cell_w / 2))
     height = top + cell_h * len(rows) + 12
     lines = [(n, matrix[i], top + cell_h * i) for i, n in enumerate(rows)]
     if below:

@@ -150,7 +150,7 @@ TEXTS = (
 
 def _words(rng: random.Random, low: int, high: int) -> list[str]:
     """From `low` to `high` different words of any sort."""
-    source = WORDS if rng.random() < 0.5 else LEXICON + _all_kinds()
+    source = WORDS if rng.random() < 0.5 else LEXICON + kinds()
     found: dict[str, None] = {}
     size = low + int(rng.random() * (high - low + 1))
     while len(found) < size:
@@ -158,7 +158,7 @@ def _words(rng: random.Random, low: int, high: int) -> list[str]:
     return list(found)
 
 
-def _all_kinds() -> list[str]:
+def kinds() -> list[str]:
     return [word for words in KINDS.values() for word in words]
 
 

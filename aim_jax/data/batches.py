@@ -105,6 +105,8 @@ def collate(
         max(len(e.targets) for e in everything), sorted(text.data.target_buckets)
     )
     longest = max(map(_length(text), everything))
+    if text.kind == "decoder":
+        longest = max(longest, width)  # the last `width` positions predict the targets
     length = bucket(longest, sorted(text.data.buckets))
     rows = -(-rows // text.count) * text.count
     shape = (len(examples), rows)
