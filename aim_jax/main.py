@@ -13,12 +13,13 @@ from aim_jax import config, run
 _CONFIG = flags.DEFINE_string("config", None, "Python file that assigns CONFIG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if begun.")
 _SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
-# Quiet about backends that are not there.
-flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
 def main(argv: list[str]) -> None:
     """Load the config, run the stream, print the results."""
+    if not flags.FLAGS["verbosity"].present:
+        # JAX tells at level INFO which kinds of device are not there.
+        logging.set_verbosity(logging.WARNING)
     try:
         if len(argv) > 1:
             raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")

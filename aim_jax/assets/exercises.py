@@ -284,7 +284,7 @@ def _holders(rng: random.Random, size: int) -> tuple[list[str], list[str], str]:
     things = synthetic.THINGS + synthetic.ANIMALS + FOODS
     names = synthetic.shuffled(rng, synthetic.PEOPLE)[:size]
     things = synthetic.shuffled(rng, things)[:size]
-    story = [f"{n} has a {t}." for n, t in zip(names, things, strict=True)]
+    story = [f"{n} has the {t}." for n, t in zip(names, things, strict=True)]
     return names, things, " ".join(story)
 
 
@@ -304,7 +304,7 @@ def _statement(rng: random.Random) -> tuple[str, str]:
         rest = [t for t in things if t != things[asked]]
         claims = rest if rest and rng.random() < 0.5 else synthetic.THINGS
         claims = [c for c in claims if c != things[asked]]
-    claim = f"{names[asked]} has a {synthetic.pick(rng, claims)}"
+    claim = f"{names[asked]} has the {synthetic.pick(rng, claims)}"
     options = synthetic.shuffled(rng, ("right", "wrong"))
     return synthetic.choose(
         "Is the statement right or wrong?",

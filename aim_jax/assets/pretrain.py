@@ -35,7 +35,7 @@ _OUT = flags.DEFINE_string("out", str(hf.ASSETS), "folder to write")
 _STEPS = flags.DEFINE_integer("steps", 5000, "optimizer steps", lower_bound=1)
 
 SEED = 0
-ROWS = 64
+ROWS = 32
 LEARNING_RATE = 2e-3
 WARMUP = 200
 SPANS = 0.2  # part of the batches that are span corruption
