@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import statistics
 import sys
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -12,6 +14,7 @@ from aim_jax import config, run
 
 _CONFIG = flags.DEFINE_string("config", None, "Python file that assigns CONFIG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if begun.")
+_SEEDS = flags.DEFINE_list("seeds", [], "One run for each, in WORKDIR/seed-N.")
 _SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
 
 
@@ -27,7 +30,7 @@ def main(argv: list[str]) -> None:
         if not _WORKDIR.value:
             raise aim_jax.InputError("--workdir: name the folder of the run")
         cache_compilations()
-        results = run.run(cfg, pathlib.Path(_WORKDIR.value))
+        results = [run.run(c, f) for c, f in runs(cfg, pathlib.Path(_WORKDIR.value))]
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -37,17 +40,34 @@ def main(argv: list[str]) -> None:
     print(table(results))
 
 
-def table(results: dict) -> str:
-    """One line of results: method, OP, FWT, BWT in percent, minutes."""
+def runs(
+    cfg: config.Config, folder: pathlib.Path
+) -> list[tuple[config.Config, pathlib.Path]]:
+    """Config and folder of each run: `folder` itself, or one below it for each seed."""
+    if not _SEEDS.value:
+        return [(cfg, folder)]
+    return [
+        (config.override(cfg, f"train.seed={seed}"), folder / f"seed-{int(seed)}")
+        for seed in _SEEDS.value
+    ]
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
 
-    scores = (percent(results[k]) for k in ("op", "fwt", "bwt"))
-    minutes = f"{results['seconds']['total'] / 60:.1f}"
-    cells = (results["method"], *scores, minutes)
-    heads = ("method", "OP", "FWT", "BWT", "minutes")
-    lines = [f"{c[0]:<12}" + "".join(f"{x:>9}" for x in c[1:]) for c in (heads, cells)]
+def table(results: list[dict[str, Any]]) -> str:
+    """A line a run: method, seed, OP, FWT, BWT in percent, minutes; then their mean."""
+    rows = [
+        [*(r[k] for k in ("op", "fwt", "bwt")), r["seconds"]["total"] / 6000]
+        for r in results
+    ]
+    names = [f"{r['method']}, seed {r['seed']}" for r in results]
+    if len(rows) > 1:
+        columns = list(zip(*rows, strict=True))
+        for name, figure in (("mean", statistics.mean), ("std", statistics.stdev)):
+            names.append(name)
+            rows.append([None if None in c else figure(c) for c in columns])
+    lines = [f"{'':<20}" + "".join(f"{h:>9}" for h in ("OP", "FWT", "BWT", "minutes"))]
+    for name, row in zip(names, rows, strict=True):
+        cells = ("-" if value is None else f"{100 * value:.1f}" for value in row)
+        lines.append(f"{name:<20}" + "".join(f"{c:>9}" for c in cells))
     return "\n".join(lines)
 
 

@@ -98,7 +98,8 @@ def logits(case: Case, delta: Any = None) -> np.ndarray:
     variables = {"params": case.base.params}
     if delta is not None:
         variables["lora"] = lora.bind(delta, case.cfg.lora)
-    return np.asarray(case.base.model.apply(variables, leaves))[leaves["weights"] > 0]
+    found = jax.jit(case.base.model.apply)(variables, leaves)
+    return np.asarray(found)[leaves["weights"] > 0]
 
 
 def flat(case: Case, delta: Any) -> np.ndarray:

@@ -149,8 +149,8 @@ TEXTS = (
 
 
 def _words(rng: random.Random, low: int, high: int) -> list[str]:
-    """From `low` to `high` different words of any sort."""
-    source = WORDS if rng.random() < 0.5 else LEXICON + kinds()
+    """From `low` to `high` different words, of the text more often than of any other."""
+    source = WORDS if rng.random() < 0.2 else LEXICON + kinds()
     found: dict[str, None] = {}
     size = low + int(rng.random() * (high - low + 1))
     while len(found) < size:
@@ -167,19 +167,19 @@ def _ask(question: str, words: Sequence[str]) -> str:
 
 
 def _after(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 3, 12)
+    words = _words(rng, 2, 8)
     i = int(rng.random() * (len(words) - 1))
     return _ask(f"Which word comes after {words[i]}?", words), words[i + 1]
 
 
 def _before(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 3, 12)
+    words = _words(rng, 2, 8)
     i = int(rng.random() * (len(words) - 1))
     return _ask(f"Which word comes before {words[i + 1]}?", words), words[i]
 
 
 def _position(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 4, 8)
+    words = _words(rng, 4, 6)
     i = int(rng.random() * 5) - 1
     which = "last" if i < 0 else ORDINALS[i]
     return _ask(f"What is the {which} word?", words), words[i]
@@ -201,7 +201,7 @@ def _missing(rng: random.Random) -> tuple[str, str]:
 
 
 def _present(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 4, 12)
+    words = _words(rng, 3, 8)
     word, yes = words[0], rng.random() < 0.5
     shown = synthetic.shuffled(rng, words[not yes :])
     options = synthetic.shuffled(rng, ("yes", "no"))
@@ -211,7 +211,7 @@ def _present(rng: random.Random) -> tuple[str, str]:
 
 
 def _which(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 6, 12)
+    words = _words(rng, 4, 8)
     options = synthetic.shuffled(rng, words[:3])
     shown = synthetic.shuffled(rng, words[2:])
     return synthetic.choose(

@@ -36,7 +36,7 @@ _STEPS = flags.DEFINE_integer("steps", 5000, "optimizer steps", lower_bound=1)
 
 SEED = 0
 ROWS = 32
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-2
 WARMUP = 200
 SPANS = 0.2  # part of the batches that are span corruption
 LENGTHS = (32, 48, 64)
@@ -299,8 +299,11 @@ def main(_: list[str]) -> None:
     model = family.Model(config)
     steps = _STEPS.value
     rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP, steps)
+    # Steps in proportion to the size of a weight, as T5 takes them.
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01)
+        optax.scale_by_adam(b2=0.98),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_learning_rate(rate),
     )
     step, right = make_step(model, optimizer)
     params = init(model)

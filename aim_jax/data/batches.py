@@ -4,6 +4,7 @@ Which rows make a batch depends on integers alone (seed, task, step), never on w
 drawn before: a resumed or repeated step sees the same rows.
 """
 
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ class Text(NamedTuple):
 
 def tokenizer(folder: pathlib.Path) -> Any:
     """The tokenizer of a Hugging Face directory. Raises InputError if it does not load."""
+    # Only the tokenizer is wanted: no word about PyTorch that is not there.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers  # slow to import, and only this function needs it
 
     try:

@@ -6,7 +6,8 @@ A family is a module of this folder with
     Config                frozen dataclass; config_from_hf(dict) -> Config
     Model(config)         Linen module, see below
     keys(config) -> dict  path of each parameter -> Hugging Face name, `{}` = layer number
-    IGNORED               regular expressions of names that checkpoints repeat or no one needs
+    COPIES                names that a checkpoint may repeat -> the name they are a copy of
+    IGNORED               regular expressions of names that no one needs
 
 and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool and `targets`
 (b, k) int32,
@@ -18,6 +19,9 @@ and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool an
 where `length` new tokens at most fit the cache. For an `encdec` family `inputs` feed the
 encoder. For a `decoder` family rows are right-aligned: `inputs` are prompt and answer
 without the last token, and the last k positions predict `targets`.
+
+Layers that a scan repeats are stacked on axis 0 under a path part `layers`; a layer that
+stands alone is `last`. Only their dense layers can have a delta.
 """
 
 import importlib

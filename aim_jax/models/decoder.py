@@ -19,8 +19,9 @@ import aim_jax
 from aim_jax.models import layers
 
 KIND = "decoder"
-# A tied head that was stored all the same, and the constants of early Llama checkpoints.
-IGNORED = (r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+# Constants that early Llama checkpoints stored.
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 Cache = dict[str, Any]
 KeyValues = tuple[jax.Array, jax.Array]

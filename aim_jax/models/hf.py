@@ -104,6 +104,7 @@ def load(cfg: config.Model, sharding: jax.sharding.Sharding | None = None) -> Ba
     files = tensor_files(folder)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    files = _without_copies(folder, files, set(keys.values()), family.COPIES)
     _check(folder, files, shapes, keys, family.IGNORED)
     # The largest first: while one is read, its bytes are in memory twice.
     flat = {
@@ -428,6 +429,36 @@ def _check(
         raise aim_jax.InputError(f"{folder}: tensors do not fit its config: {text}")
 
 
+def _without_copies(
+    folder: pathlib.Path,
+    files: dict[str, pathlib.Path],
+    wanted: set[str],
+    copies: dict[str, str],
+) -> dict[str, pathlib.Path]:
+    """`files` less the tensors that repeat another. Raises InputError if they differ."""
+    left = dict(files)
+    for name in (files.keys() & copies.keys()) - wanted:
+        if copies[name] not in files:
+            continue
+        first, second = _read(files, name), _read(files, copies[name])
+        if first.shape != second.shape or not (first == second).all():
+            raise aim_jax.InputError(
+                f"{folder}: by its config.json {name} is {copies[name]}, but their values"
+                " differ; check tie_word_embeddings"
+            )
+        del left[name]
+    return left
+
+
+def _read(
+    files: dict[str, pathlib.Path], name: str, index: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """A slice of a tensor."""
+    # Opened for one tensor: a mapped file's pages stay in memory until it is closed.
+    with safetensors.safe_open(files[name], "numpy") as handle:
+        return handle.get_slice(name)[index]
+
+
 def _some(names: list[str]) -> str:
     shown = ", ".join(sorted(names)[:8])
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
@@ -442,21 +473,16 @@ def _place(
 ) -> jax.Array:
     """One parameter on its devices, each device's slice read from the files alone."""
 
-    def slice_of(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for one tensor: a mapped file's pages stay in memory until it is closed.
-        with safetensors.safe_open(files[name], "numpy") as handle:
-            return handle.get_slice(name)[index]
-
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in template:
-            return slice_of(template, index).astype(dtype, copy=False)
+            return _read(files, template, index).astype(dtype, copy=False)
         numbers = range(*index[0].indices(leaf.shape[0]))
         sizes = [
             len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
         ]
         out = np.empty(sizes, dtype)
         for row, number in enumerate(numbers):
-            out[row] = slice_of(template.format(number), index[1:])
+            out[row] = _read(files, template.format(number), index[1:])
         return out
 
     return jax.make_array_from_callback(leaf.shape, sharding, read)

@@ -8,6 +8,7 @@ from typing import Any
 from aim_jax.models import decoder
 
 KIND = decoder.KIND
+COPIES = decoder.COPIES
 IGNORED = decoder.IGNORED
 Config = decoder.Config
 Model = decoder.Model

@@ -17,9 +17,13 @@ import aim_jax
 from aim_jax.models import layers
 
 KIND = "encdec"
-# Copies of the shared embedding, and a bias that the first releases stored but never used.
+COPIES = {
+    "encoder.embed_tokens.weight": "shared.weight",
+    "decoder.embed_tokens.weight": "shared.weight",
+    "lm_head.weight": "shared.weight",
+}
+# The first releases stored this bias and never used it.
 IGNORED = (
-    r"(encoder|decoder)\.embed_tokens\.weight",
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
 
@@ -70,7 +74,9 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
         eps=hf["layer_norm_epsilon"],
         activation=activation,
         gated=bool(gated),
-        tied=hf.get("tie_word_embeddings", True),
+        # transformers 5 writes the second field, and the first as true always.
+        tied=hf.get("tie_word_embeddings") is not False
+        and hf.get("scale_decoder_outputs") is not False,
         start=hf.get("decoder_start_token_id", 0) or 0,
         dropout=hf["dropout_rate"],
     )
