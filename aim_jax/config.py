@@ -7,6 +7,7 @@ A config file assigns `CONFIG = config.Config(...)`. Fields whose default is Non
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import runpy
 import types
@@ -158,25 +159,80 @@ CHOICES = {
     "train.average": ("micro_batch", "token"),
     "train.select": ("best", "last"),
     "method.preset": tuple(PRESETS),
+    "method.divisor": ("planned", "taken"),
+    "method.trend": ("ratio", "window"),
+    "method.loss_scale": ("accumulation", "mean"),
     "parallel.mode": ("auto", "pmap", "jit"),
+}
+
+# Least and greatest value.
+BOUNDS = {
+    **dict.fromkeys(
+        (
+            "data.limit_train",
+            "data.limit_dev",
+            "data.limit_test",
+            "data.max_input",
+            "data.max_target",
+            "memory.batch_size",
+            "train.epochs",
+            "train.batch_size",
+            "train.micro_batch_size",
+            "train.eval_every",
+            "train.checkpoint_every",
+            "lora.r",
+            "method.interval",
+            "method.min_interval",
+            "method.max_interval",
+            "method.window",
+            "method.shrink",
+            "method.grow",
+            "eval.batch_size",
+            "eval.max_length",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            "train.learning_rate",
+            "train.warmup_steps",
+            "train.clip_norm",
+            "train.weight_decay",
+            "train.validation_rows",
+            "method.rehearsal",
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(
+        ("model.dropout", "lora.dropout", "train.single_holdout"), (0, 0.99)
+    ),
+    "memory.percent": (0, 100),
 }
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> Config:
     """The config of a Python file after `a.b=value` overrides, presets filled in.
 
-    Raises InputError for a missing file, a file without CONFIG, an unknown field (listing
-    those there are) or a value of the wrong type.
+    Raises InputError for a missing or broken file, a file without CONFIG, an unknown field
+    (listing those there are) or a value that is of the wrong type or out of its range.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+        what = f"no file '{path}'" if path else "name a file"
         raise aim_jax.InputError(
-            f"--config: no file '{path}'; configs here: {', '.join(near) or 'none'}"
+            f"--config: {what}; configs here: {', '.join(near) or 'none'}"
         )
-    config = runpy.run_path(str(file)).get("CONFIG")
+    try:
+        config = runpy.run_path(str(file)).get("CONFIG")
+    except Exception as error:
+        kind = type(error).__name__
+        raise aim_jax.InputError(f"--config {path}: {kind}: {error}") from error
     if not isinstance(config, Config):
-        raise aim_jax.InputError(f"{path}: must assign CONFIG = config.Config(...)")
+        raise aim_jax.InputError(
+            f"--config {path}: must assign CONFIG = config.Config(...)"
+        )
+    config = _typed(config)
     # The method decides which `method.*` fields there are, so its name comes first.
     overrides = sorted(overrides, key=lambda o: not o.startswith("method.name="))
     for text in overrides:
@@ -203,12 +259,9 @@ def override(config: Config, text: str) -> Config:
 
 def resolve(config: Config) -> Config:
     """`config` with the fields its preset decides filled in, and every value checked."""
-    if type(config.method) is methods.Options:
-        config = dataclasses.replace(
-            config,
-            method=_method(config.method.name, dataclasses.asdict(config.method)),
-        )
-    _choice(config, "method.preset")
+    config = _typed(config)
+    _check_types(config)
+    _check_choice(config, "method.preset")
     for path, value in PRESETS[config.method.preset].items():
         section, field = path.split(".")
         part = getattr(config, section)
@@ -216,8 +269,8 @@ def resolve(config: Config) -> Config:
             part = dataclasses.replace(part, **{field: value})
             config = dataclasses.replace(config, **{section: part})
     for path in CHOICES:
-        _choice(config, path)
-    _positive(config)
+        _check_choice(config, path)
+    _check_numbers(config)
     return config
 
 
@@ -227,17 +280,22 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Config:
-    """The config that `to_json` gave `data` for."""
+    """The config that `to_json` gave `data` for. Raises InputError for other fields."""
     parts = {}
-    for field in dataclasses.fields(Config):
-        values = {
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in data[field.name].items()
-        }
-        kind = field.type
-        if field.name == "method":
-            kind = methods.module(values["name"]).Options
-        parts[field.name] = kind(**values)
+    try:
+        for field in dataclasses.fields(Config):
+            values = {
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in data[field.name].items()
+            }
+            kind = field.type
+            if field.name == "method":
+                kind = methods.module(values["name"]).Options
+            parts[field.name] = kind(**values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise aim_jax.InputError(
+            f"config.json: not of this version of aim_jax ({error}); use another --workdir"
+        ) from error
     return Config(**parts)
 
 
@@ -257,6 +315,15 @@ def differences(a: Config, b: Config) -> list[str]:
             if x != y:
                 lines.append(f"{section}.{field}: {x}, not {y}")
     return lines
+
+
+def _typed(config: Config) -> Config:
+    """`config` with its method's own options, which a bare name stands for."""
+    name = config.method.name
+    if type(config.method) is methods.module(name).Options:
+        return config
+    method = _method(name, dataclasses.asdict(config.method))
+    return dataclasses.replace(config, method=method)
 
 
 def _method(name: str, values: dict[str, Any]) -> methods.Options:
@@ -292,37 +359,57 @@ def _parse(path: str, text: str, kind: Any) -> Any:
         ) from None
 
 
-def _choice(config: Config, path: str) -> None:
+def _value(config: Config, path: str) -> Any:
+    """The value at `path`; None also where this method has no such field."""
     section, field = path.split(".")
-    value = getattr(getattr(config, section), field)
-    if value not in CHOICES[path]:
+    return getattr(getattr(config, section), field, None)
+
+
+def _check_types(config: Config) -> None:
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for field, kind in typing.get_type_hints(type(part)).items():
+            value = getattr(part, field)
+            if not _is(value, kind):
+                name = kind.__name__ if isinstance(kind, type) else kind
+                raise aim_jax.InputError(
+                    f"{section.name}.{field}: {value!r} must be {name}"
+                )
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is(v, item) for v in value)
+    if kind is float:
+        return type(value) in (int, float)
+    # Not isinstance, for which True is an int.
+    return type(value) is kind
+
+
+def _check_choice(config: Config, path: str) -> None:
+    value = _value(config, path)
+    if value is not None and value not in CHOICES[path]:
         raise aim_jax.InputError(
             f"{path}: no '{value}'; there are {', '.join(CHOICES[path])}"
         )
 
 
-def _positive(config: Config) -> None:
-    """Raise InputError for a count that is not at least one."""
-    train, data = config.train, config.data
-    counts = {
-        "train.epochs": train.epochs,
-        "train.batch_size": train.batch_size,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.eval_every": train.eval_every,
-        "train.checkpoint_every": train.checkpoint_every,
-        "memory.batch_size": config.memory.batch_size,
-        "eval.batch_size": config.eval.batch_size,
-        "lora.r": config.lora.r,
-        "data.limit_train": data.limit_train,
-        "data.limit_dev": data.limit_dev,
-        "data.limit_test": data.limit_test,
-    }
-    for path, value in counts.items():
-        if value is not None and value < 1:
-            raise aim_jax.InputError(f"{path}: {value} must be at least 1")
-    micro = train.micro_batch_size
-    if micro and train.batch_size % micro:
+def _check_numbers(config: Config) -> None:
+    """Raise InputError for a number out of its range, or one that does not suit others."""
+    for path, (least, most) in BOUNDS.items():
+        value = _value(config, path)
+        if value is not None and not least <= value <= most:
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise aim_jax.InputError(f"{path}: {value} must be at least {least}{limit}")
+    for path in ("data.buckets", "data.target_buckets"):
+        sizes = _value(config, path)
+        if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+            raise aim_jax.InputError(f"{path}: {sizes} must be lengths that rise")
+    size, micro = config.train.batch_size, config.train.micro_batch_size
+    if micro and size % micro:
         raise aim_jax.InputError(
-            f"train.micro_batch_size: {micro} does not divide batch size"
-            f" {train.batch_size}"
+            f"train.micro_batch_size: {micro} does not divide batch size {size}"
         )

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All tests but the slow ones; --all for every one. Further arguments go to pytest.
+# Style, and all tests but the slow ones; every one with --all as the first argument.
+# Further arguments go to pytest: bash launch/test.sh tests/test_config.py -x
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
 venv tests/requirements.txt requirements.txt
 
-export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TF_CPP_MIN_LOG_LEVEL=2
 if [ "${1:-}" = --all ]; then
     shift
     set -- -m "" "$@"

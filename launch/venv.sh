@@ -1,20 +1,22 @@
-# Sourced by the other scripts: goes to the project's root and makes .venv hold what a
-# requirements file asks for. Installs only when that file has changed since.
+# shellcheck shell=bash
+# Sourced by the other scripts in the project's root. Makes .venv hold what a requirements
+# file asks for; installs only when that file has changed since.
 #   venv FILE [FILE it includes ...]
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 venv() {
-    local python=${PYTHON:-python3} stamp=.venv/$(basename "$(dirname "$1")")-requirements
-    if [ ! -x .venv/bin/python ]; then
+    local python=${PYTHON:-python3} stamp
+    stamp=.venv/${1//\//-}.stamp
+    # An environment whose making was cut short has no pip, which comes last.
+    if ! .venv/bin/python -m pip --version &>/dev/null; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-            echo "error: $("$python" --version) is too old; set PYTHON to 3.11 or newer" >&2
+            echo "error: $python is not Python 3.11 or newer; set PYTHON to one" >&2
             exit 1
         }
-        "$python" -m venv .venv
+        "$python" -m venv --clear .venv
     fi
-    if ! cat "$@" | cmp -s - "$stamp"; then
-        .venv/bin/pip install --quiet --disable-pip-version-check -r "$1"
+    if [ "$(cat "$@")" != "$(cat "$stamp" 2>/dev/null)" ]; then
+        echo "installing $1 into .venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
         cat "$@" >"$stamp"
     fi
 }

@@ -12,20 +12,18 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import safetensors.numpy
+from fixtures import make_models
 
 from aim_jax import config, evaluate, export, lora, steps
 from aim_jax.data import batches, synthetic
 from aim_jax.models import hf
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from fixtures import make_models  # noqa: E402
 
 Arrays = dict[str, np.ndarray]
 # Largest allowed values; `logits` of a tiny model. Losses and adapters are relative.
@@ -43,29 +41,34 @@ BARS = {
 
 
 class Case(NamedTuple):
-    """A model of ours with the adapter that PEFT wrote, and rows as examples."""
+    """A model of ours with the adapter that PEFT wrote, and what is compiled for it.
+
+    loss(delta, batch) -> (loss, logits of `targets`), gradients; train: `steps.Steps`;
+    decode: `evaluate.greedy`.
+    """
 
     base: hf.Base
     delta: Any
     cfg: config.Config
-    text: batches.Text
-    examples: list[batches.Example]
+    loss: Callable
+    train: Callable
+    decode: Callable
 
 
 def open_case(
     folder: pathlib.Path,
     adapter: pathlib.Path,
-    expected: Arrays,
     rate: float = make_models.RATE,
     dtype: str = "float32",
 ) -> Case:
-    """The case of what `make_models.record` gave."""
+    """The case of a model and its adapter, trained as `make_models.record` does."""
     # The references are without dropout, and a train step applies what there is.
     base = hf.load(config.Model(path=str(folder), dtype=dtype, dropout=0.0))
     delta, low = hf.load_adapter(adapter, base.params, base.keys)
     cfg = config.resolve(
         config.Config(
             model=config.Model(path=str(folder)),
+            data=config.Data(buckets=(16, 64, 128), target_buckets=(8,)),
             lora=dataclasses.replace(low, dropout=0.0),
             train=config.Train(
                 batch_size=make_models.ROWS,
@@ -77,29 +80,59 @@ def open_case(
             eval=config.Eval(max_length=make_models.NEW_TOKENS + 1),
         )
     )
-    examples = [
-        batches.Example("", source[source >= 0], target[target >= 0])
-        for source, target in zip(expected["prompts"], expected["answers"], strict=True)
+
+    def loss(delta: Any, leaves: Any) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": base.params, "lora": lora.bind(delta, cfg.lora)}
+        found = base.model.apply(variables, leaves)
+        each = optax.softmax_cross_entropy_with_integer_labels(found, leaves["targets"])
+        weights = leaves["weights"]
+        return (each * weights).sum() / weights.sum(), found
+
+    return Case(
+        base,
+        delta,
+        cfg,
+        jax.jit(jax.value_and_grad(loss, has_aux=True)),
+        jax.jit(steps.make(base.model, cfg).train),
+        evaluate.greedy(base.model, make_models.EOS, cfg),
+    )
+
+
+def text(case: Case) -> batches.Text:
+    """How a case's rows become batches; they are token ids already."""
+    return batches.Text(None, case.base.family.KIND, case.cfg.data)
+
+
+def examples(expected: Arrays) -> list[batches.Example]:
+    """The rows that PyTorch was given."""
+    return [
+        batches.Example("", np.array(source), np.array(target))
+        for source, target in make_models.rows_of(expected)
     ]
-    data = config.Data(buckets=(16, 64, 128), target_buckets=(8,))
-    return Case(base, delta, cfg, batches.Text(None, base.family.KIND, data), examples)
 
 
-def batch(case: Case, number: int) -> batches.Batch:
+def batch(case: Case, expected: Arrays, number: int) -> batches.Batch:
     """Training batch `number`, leaves (1, rows, length)."""
     rows = make_models.ROWS
-    chosen = case.examples[number * rows : (number + 1) * rows]
-    return batches.collate(case.text, [chosen], rows)
+    chosen = examples(expected)[number * rows : (number + 1) * rows]
+    return batches.collate(text(case), [chosen], rows)
 
 
-def logits(case: Case, delta: Any = None) -> np.ndarray:
+def logits(case: Case, expected: Arrays, delta: Any) -> np.ndarray:
     """Logits (tokens, v) of the answers of the first batch."""
-    leaves = {k: v[0] for k, v in batch(case, 0).items()}
-    variables = {"params": case.base.params}
-    if delta is not None:
-        variables["lora"] = lora.bind(delta, case.cfg.lora)
-    found = jax.jit(case.base.model.apply)(variables, leaves)
+    leaves = {k: v[0] for k, v in batch(case, expected, 0).items()}
+    (_, found), _ = case.loss(delta, leaves)
     return np.asarray(found)[leaves["weights"] > 0]
+
+
+def nothing(case: Case) -> Any:
+    """An adapter that changes nothing."""
+    return place(case, jax.tree.map(np.zeros_like, case.delta))
+
+
+def place(case: Case, tree: Any) -> Any:
+    """`tree` where the base is, so that nothing is compiled for two placements."""
+    return jax.device_put(tree, jax.tree.leaves(case.base.params)[0].sharding)
 
 
 def flat(case: Case, delta: Any) -> np.ndarray:
@@ -111,61 +144,39 @@ def flat(case: Case, delta: Any) -> np.ndarray:
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
-def decode(case: Case, rows: int) -> np.ndarray:
+def decode(case: Case, expected: Arrays, rows: int) -> np.ndarray:
     """Greedy tokens (prompts, new tokens) in batches of `rows`."""
-    run = evaluate.greedy(case.base.model, make_models.EOS, case.cfg)
-    fresh = lora.init(
-        jax.random.key(0), case.base.params, case.base.keys, case.cfg.lora
-    )
-    found = []
-    for start in range(0, len(case.examples), rows):
-        chosen = case.examples[start : start + rows]
-        found.append(
-            run(case.base.params, fresh, batches.prompts(case.text, chosen, rows))
-        )
+    prompts, found = examples(expected), []
+    for start in range(0, len(prompts), rows):
+        chosen = batches.prompts(text(case), prompts[start : start + rows], rows)
+        found.append(case.decode(case.base.params, nothing(case), chosen))
     return np.concatenate(found)
 
 
-def measure(
-    folder: pathlib.Path,
-    adapter: pathlib.Path,
-    expected: Arrays,
-    rate: float = make_models.RATE,
-) -> dict[str, float]:
+def measure(case: Case, expected: Arrays) -> dict[str, float]:
     """Differences from `expected`, by the names of BARS, without the exports'.
 
     logits, adapted: largest absolute; loss, 20 losses: largest relative; gradients,
     20 steps: norm of the difference over the norm; tokens: rows that differ.
     """
-    case = open_case(folder, adapter, expected, rate)
-    params = case.base.params
-
-    def loss(delta: Any, leaves: Any) -> jax.Array:
-        found = case.base.model.apply(
-            {"params": params, "lora": lora.bind(delta, case.cfg.lora)}, leaves
-        )
-        each = optax.softmax_cross_entropy_with_integer_labels(found, leaves["targets"])
-        return (each * leaves["weights"]).sum() / leaves["weights"].sum()
-
-    first = {k: v[0] for k, v in batch(case, 0).items()}
-    value, gradients = jax.jit(jax.value_and_grad(loss))(case.delta, first)
-
-    train = jax.jit(steps.make(case.base.model, case.cfg).train)
+    leaves = {k: v[0] for k, v in batch(case, expected, 0).items()}
+    (value, _), gradients = case.loss(case.delta, leaves)
     state = steps.init(case.delta, make_models.STEPS, jax.random.key(0))
+    state = place(case, state)
     losses = []
     for step in range(make_models.STEPS):
-        leaves = batch(case, step % make_models.BATCHES)
-        state, measures = train(params, state, (), leaves)
+        leaves = batch(case, expected, step % make_models.BATCHES)
+        state, measures = case.train(case.base.params, state, (), leaves)
         losses.append(float(measures["loss"]))
-
+    plain = logits(case, expected, nothing(case))
     found = {
-        "logits": _largest(logits(case), expected["logits"]),
-        "adapted": _largest(logits(case, case.delta), expected["adapted"]),
+        "logits": _largest(plain, expected["logits"]),
+        "adapted": _largest(logits(case, expected, case.delta), expected["adapted"]),
         "loss": abs(float(value) / float(expected["losses"][0]) - 1),
         "gradients": _relative(flat(case, gradients), expected["gradients"]),
         "20 losses": np.abs(np.array(losses) / expected["losses"] - 1).max(),
         "20 steps": _relative(flat(case, state.delta), expected["final"]),
-        "tokens": (decode(case, 16) != expected["tokens"]).any(1).sum(),
+        "tokens": (decode(case, expected, 16) != expected["tokens"]).any(1).sum(),
     }
     return {name: float(v) for name, v in found.items()}
 
@@ -174,25 +185,24 @@ def rounding(
     folder: pathlib.Path, adapter: pathlib.Path, expected: Arrays
 ) -> tuple[float, float]:
     """Largest differences of bfloat16 logits from PyTorch's float32: ours, PyTorch's."""
-    case = open_case(folder, adapter, expected, dtype="bfloat16")
-    return _largest(logits(case), expected["logits"]), float(expected["bfloat16"])
+    case = open_case(folder, adapter, dtype="bfloat16")
+    ours = logits(case, expected, nothing(case))
+    return _largest(ours, expected["logits"]), float(expected["bfloat16"])
 
 
-def exports(
-    folder: pathlib.Path, adapter: pathlib.Path, expected: Arrays, workdir: pathlib.Path
-) -> dict[str, float]:
+def exports(case: Case, expected: Arrays, workdir: pathlib.Path) -> dict[str, float]:
     """Largest differences of the logits of what `export` writes, in PyTorch, from ours."""
     import peft
 
-    case = open_case(folder, adapter, expected)
+    folder, keys = case.cfg.model.path, case.base.keys
     saved = workdir / "adapters" / "00-task"
-    hf.save_adapter(saved, case.delta, case.base.keys, case.cfg.lora, str(folder))
+    hf.save_adapter(saved, case.delta, keys, case.cfg.lora, folder)
     (workdir / "config.json").write_text(json.dumps(config.to_json(case.cfg)))
     for kind in export.FORMATS:
         export.write(workdir, kind, workdir / kind, None)
-    ours = logits(case, case.delta)
+    ours = logits(case, expected, case.delta)
     rows = make_models.rows_of(expected)[: make_models.ROWS]
-    base = make_models.load(folder)
+    base = make_models.load(pathlib.Path(folder))
     leaves = make_models.pack(rows, base.config.is_encoder_decoder)
     adapted = peft.PeftModel.from_pretrained(base, str(workdir / "peft")).eval()
     merged = make_models.load(workdir / "merged")
@@ -210,17 +220,15 @@ def gemma(folder: pathlib.Path, adapter: pathlib.Path) -> Arrays:
         for name in synthetic.NAMES[:4]
         for row in synthetic.task(name, 0, make_models.PROMPTS // 4, 0, 0)["train"]
     ]
-    text = batches.Text(tokenizer, "decoder", config.Data())
+    words = batches.Text(tokenizer, "decoder", config.Data())
     # Rows of all tasks in each batch.
-    examples = [
+    rows = [
         (e.inputs.tolist(), e.targets.tolist())
         for i in range(make_models.PROMPTS // 4)
-        for e in batches.encode(text, made[i :: make_models.PROMPTS // 4])
+        for e in batches.encode(words, made[i :: make_models.PROMPTS // 4])
     ]
     make_models.make_adapter(folder, adapter, ["q_proj", "v_proj"], std=0.02)
-    return make_models.record(
-        folder, examples, adapter, tokenizer.eos_token_id, GEMMA_RATE
-    )
+    return make_models.record(folder, rows, adapter, tokenizer.eos_token_id, GEMMA_RATE)
 
 
 GEMMA_RATE = 1e-3
@@ -249,10 +257,10 @@ def main(names: Sequence[str]) -> None:
                 expected = gemma(folder, adapter)
             else:
                 vocab = make_models.CONFIGS[name]["vocab_size"]
-                examples = make_models.rows(vocab, seed=1)
-                expected = make_models.record(folder, examples, adapter)
-            found = measure(folder, adapter, expected, rate)
-            found |= exports(folder, adapter, expected, work / "run")
+                rows = make_models.rows(vocab, seed=1)
+                expected = make_models.record(folder, rows, adapter)
+            case = open_case(folder, adapter, rate)
+            found = measure(case, expected) | exports(case, expected, work / "run")
             ours, theirs = rounding(folder, adapter, expected)
         numbers = [
             f"{found[k]:.1e}" if bar else f"{found[k]:.0f}" for k, bar in BARS.items()

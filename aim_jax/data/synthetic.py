@@ -354,4 +354,4 @@ WRITERS: dict[str, tuple[tuple[str, ...], Writer]] = {
     "paraphrase": (("False", "True"), _paraphrase),
 }
 NAMES = tuple(WRITERS)
-STREAM = ("entity", "sentiment", "inference", "question", "topic")
+STREAM = ("entity", "sentiment", "inference", "sense", "topic")

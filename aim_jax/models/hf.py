@@ -258,7 +258,11 @@ def load_adapter(
         path: _place(files, names[path], leaf, jnp.dtype("float32"), device)
         for path, leaf in shapes.items()
     }
-    bad = [names[p] for p, value in flat.items() if not jnp.isfinite(value).all()]
+    bad = []
+    for path, value in flat.items():
+        finite = np.isfinite(value).all(axis=(-2, -1), keepdims=True)
+        parts = zip(_names(names[path], value.shape), finite.ravel(), strict=True)
+        bad += [name for name, good in parts if not good]
     if bad:
         raise aim_jax.InputError(f"{file}: values that are not finite in {_some(bad)}")
     return unflatten(flat), cfg

@@ -1,0 +1,16 @@
+"""The environment of every test; whatever starts a process hands it on."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax starts, which reads all of these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Outlives the tests: compiling is most of their time.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(tempfile.gettempdir()) / f"aim_jax-{os.getuid()}" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

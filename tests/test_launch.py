@@ -1,0 +1,268 @@
+"""The commands: shell scripts with a stand-in for Python, and what main says when it ends."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from aim_jax import main, run
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
+QUICKSTART = str(ROOT / "configs/quickstart.py")
+
+# Writes down how it was called; a report leaves a page with two tables.
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>calls
+case "$*" in
+*"pip install"*) exit "${PIP_FAILS:-0}" ;;
+*aim_jax.report*)
+    mkdir -p runs/quickstart "${RUNS:-.}"
+    printf '# Runs\\n\\n| method |\\n| --- |\\n| aim |\\n\\nOP: ...\\n\\n| more |\\n' \\
+        >"${RUNS:-runs/quickstart}/report.md"
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of scripts and requirements alone, in whose .venv all is a stand-in."""
+    for name in ("launch", "tests", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for script in SCRIPTS[:-1]:
+        shutil.copy(script, tmp_path / "launch")
+    for name in ("requirements.txt", "tests/requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("python", "ruff"):
+        program = tmp_path / ".venv/bin" / name
+        program.write_text(STAND_IN)
+        program.chmod(0o755)
+    return tmp_path
+
+
+def bash(project, script, *args, **env):
+    """The finished process of a script, called from elsewhere."""
+    return subprocess.run(
+        ["bash", str(project / "launch" / script), *args],
+        cwd="/",
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def calls(project):
+    """What the stand-ins were called with, without the look whether pip is there."""
+    lines = (project / "calls").read_text().splitlines()
+    (project / "calls").unlink()
+    return [line for line in lines if line != "python -m pip --version"]
+
+
+def installs(project):
+    return [line.split()[-1] for line in calls(project) if "pip install" in line]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_parse(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
+def test_shellcheck_has_nothing_to_say():
+    found = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not found.stdout + found.stderr
+
+
+def test_requirements_are_installed_once(project):
+    assert bash(project, "test.sh").returncode == 0
+    assert installs(project) == ["tests/requirements.txt"]
+    assert bash(project, "test.sh").returncode == 0
+    assert installs(project) == []
+    assert bash(project, "quickstart.sh").returncode == 0
+    assert installs(project) == ["requirements.txt"]
+    with (project / "requirements.txt").open("a") as file:
+        file.write("another\n")
+    assert bash(project, "test.sh").returncode == 0
+    assert installs(project) == ["tests/requirements.txt"]
+
+
+def test_a_failed_install_ends_the_script_and_is_repeated(project):
+    assert bash(project, "test.sh", PIP_FAILS="1").returncode == 1
+    assert calls(project)[-1].endswith("-r tests/requirements.txt")
+    assert bash(project, "test.sh").returncode == 0
+    assert installs(project) == ["tests/requirements.txt"]
+
+
+def test_a_python_that_will_not_do(project):
+    shutil.rmtree(project / ".venv")
+    done = bash(project, "test.sh", PYTHON="false")
+    assert done.returncode == 1
+    assert (
+        done.stderr == "error: false is not Python 3.11 or newer; set PYTHON to one\n"
+    )
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ([], ""),
+        (["-k", "a b"], " -k a b"),
+        (["--all"], " -m "),
+        (["--all", "-x"], " -m  -x"),
+    ],
+)
+def test_tests_take_arguments(project, given, passed):
+    assert bash(project, "test.sh", *given).returncode == 0
+    assert calls(project)[1:] == [
+        "ruff check .",
+        "ruff format --check .",
+        f"python -m pytest{passed}",
+    ]
+
+
+def test_quickstart_runs_both_methods_and_shows_their_table(project):
+    done = bash(project, "quickstart.sh", "--set", "train.seed=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    job = "python -m aim_jax.main --config configs/quickstart.py --set method.name="
+    runs = "runs/quickstart"
+    assert calls(project)[1:] == [
+        f"{job}aim --workdir {runs}/aim --set train.seed=1",
+        f"{job}sequential --workdir {runs}/sequential --set train.seed=1",
+        f"python -m aim_jax.report {runs}/aim {runs}/sequential"
+        f" --out {runs}/report.html",
+    ]
+    assert done.stdout.splitlines() == [
+        "installing requirements.txt into .venv",
+        "| method |",
+        "| --- |",
+        "| aim |",
+        f"report: {runs}/report.html",
+    ]
+
+
+def test_quickstart_elsewhere(project):
+    folder = str(project / "other")
+    done = bash(project, "quickstart.sh", RUNS=folder)
+    assert done.stdout.endswith(f"| aim |\nreport: {folder}/report.html\n")
+    assert f"--workdir {folder}/aim" in calls(project)[1]
+
+
+def command(*args):
+    """The finished process of the main job."""
+    return subprocess.run(
+        [sys.executable, "-m", "aim_jax.main", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_ends_with_one_line_and_code_2(tmp_path):
+    done = command(
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--set=train.epocs=3",
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "error: --set train.epocs=3: no train field 'epocs'; there are seed, epochs,"
+    )
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flag_is_named():
+    done = command("--confg=configs/quickstart.py")
+    assert done.returncode == 1
+    assert "Unknown command line flag 'confg'. Did you mean: config" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs main in this process: call(argument, ..., flag=value, ...)."""
+    monkeypatch.chdir(ROOT)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+    def call(*arguments, **given):
+        given = {"config": QUICKSTART, "workdir": str(tmp_path / "run")} | given
+        with flagsaver.flagsaver(**given):
+            main.main(["main", *arguments])
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config": None}, "--config: name a file; configs here: configs/"),
+        (
+            {"config": "configs/no.py"},
+            "--config: no file 'configs/no.py'; configs here:",
+        ),
+        ({"workdir": None}, "--workdir: "),
+        ({"set": ["train.epochs=none"]}, "--set train.epochs=none: must be int"),
+        (
+            {"set": ["method.name=aims"]},
+            "method.name: no method 'aims'; there are aim,",
+        ),
+        ({"set": ["parallel.mode=gpu"]}, "parallel.mode: no 'gpu'; there are auto,"),
+        ({"set": ["data.benchmark=glue"]}, "data.benchmark: no 'glue'; there are "),
+        ({"set": ["data.tasks=rumours"]}, "data.tasks: no task 'rumours' in benchmark"),
+        ({"set": ["data.benchmark=superni"]}, "data.root: "),
+        ({"set": ["data.benchmark=superni", "data.root=/no/where"]}, "/no/where"),
+        ({"set": ["data.limit_train=8", "model.path=/no/where"]}, "/no/where"),
+    ],
+    ids=lambda case: case if isinstance(case, str) else "",
+)
+def test_bad_input_is_one_line(call, capsys, tmp_path, given, message):
+    with pytest.raises(SystemExit) as ended:
+        call(**given)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not out and not list(tmp_path.iterdir())
+
+
+def test_a_word_that_is_no_flag(call, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call("train.epochs=3")
+    assert ended.value.code == 2
+    assert "'train.epochs=3'" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
+    def stop(cfg, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", stop)
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_results_are_printed_in_percent(call, capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def finish(cfg, folder):
+        seen.append((cfg.train.epochs, folder))
+        scores = {"op": 0.5, "fwt": None, "bwt": -0.0125}
+        return scores | {"method": "aim", "seed": 42, "seconds": {"total": 90.0}}
+
+    monkeypatch.setattr(run, "run", finish)
+    call(set=["train.epochs=3"])
+    assert seen == [(3, tmp_path / "run")]
+    heads, cells = capsys.readouterr().out.splitlines()
+    assert heads.split() == ["OP", "FWT", "BWT", "minutes"]
+    assert cells.split() == ["aim,", "seed", "42", "50.0", "-", "-1.2", "1.5"]

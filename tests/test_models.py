@@ -1,0 +1,297 @@
+"""Every family against PyTorch, and what holds of the models whatever the weights."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from fixtures import make_models
+
+import aim_jax
+from aim_jax import config, lora, models
+from aim_jax.models import decoder, hf
+
+NAMES = sorted(make_models.CONFIGS)
+DECODERS = [n for n in NAMES if "t5" not in n]
+
+# PEFT asks for an attribute that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+torch_needed = pytest.mark.skipif(
+    not all(importlib.util.find_spec(m) for m in ("torch", "transformers", "peft")),
+    reason="torch, transformers or peft is not installed",
+)
+
+
+@functools.cache
+def case(name: str) -> parity.Case:
+    folder = make_models.FOLDER / name
+    return parity.open_case(folder, folder / "adapter")
+
+
+@functools.cache
+def recorded(name: str) -> parity.Arrays:
+    with np.load(make_models.FOLDER / name / "expected.npz") as data:
+        return dict(data)
+
+
+def worse(found: dict[str, float]) -> dict[str, float]:
+    return {name: v for name, v in found.items() if not v <= parity.BARS[name]}
+
+
+def batch(name: str, k: int) -> dict[str, jax.Array]:
+    """The first training batch with `k` target positions."""
+    first = parity.batch(case(name), recorded(name), 0)
+    leaves = {key: jnp.asarray(first[key][0]) for key in ("inputs", "mask")}
+    return leaves | {"targets": jnp.zeros((len(leaves["mask"]), k), jnp.int32)}
+
+
+@functools.cache
+def forward(name: str):
+    return jax.jit(case(name).base.model.apply)
+
+
+def logits(name: str, leaves: dict[str, jax.Array]) -> np.ndarray:
+    return np.asarray(forward(name)({"params": case(name).base.params}, leaves))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded(name):
+    """Logits, loss, gradients, AdamW steps and greedy tokens as PyTorch's were."""
+    assert not worse(parity.measure(case(name), recorded(name)))
+
+
+@torch_needed
+@pytest.mark.parametrize("name", NAMES)
+def test_live(name, tmp_path):
+    """The same on other rows with the PyTorch that is installed, and what we export."""
+    folder = make_models.FOLDER / name
+    rows = make_models.rows(make_models.CONFIGS[name]["vocab_size"], seed=1)
+    expected = make_models.record(folder, rows, folder / "adapter")
+    found = parity.measure(case(name), expected)
+    found |= parity.exports(case(name), expected, tmp_path)
+    assert not worse(found)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama3", "gemma3"])
+def test_bfloat16(name):
+    """Rounded as much as PyTorch rounds; the logits themselves are float32."""
+    folder = make_models.FOLDER / name
+    ours, theirs = parity.rounding(folder, folder / "adapter", recorded(name))
+    assert 1e-4 < ours < 2 * theirs
+    base = hf.load(config.Model(path=str(folder), dtype="bfloat16"))
+    shape = jax.eval_shape(base.model.apply, {"params": base.params}, batch(name, 3))
+    assert shape.dtype == jnp.float32
+
+
+@pytest.mark.skipif(
+    "AIM_JAX_GEMMA" not in os.environ,
+    reason="AIM_JAX_GEMMA does not point to a Gemma 3 270M directory",
+)
+@torch_needed
+def test_gemma_270m(tmp_path):
+    """The real weights; their logits are an order of magnitude larger."""
+    folder = pathlib.Path(os.environ["AIM_JAX_GEMMA"])
+    expected = parity.gemma(folder, tmp_path / "adapter")
+    opened = parity.open_case(folder, tmp_path / "adapter", parity.GEMMA_RATE)
+    found = parity.measure(opened, expected)
+    found |= parity.exports(opened, expected, tmp_path / "run")
+    bars = parity.BARS | dict.fromkeys(("logits", "adapted", "peft", "merged"), 5e-4)
+    assert not {n: v for n, v in found.items() if not v <= bars[n]}
+
+
+@pytest.mark.parametrize("name", ["t5", "mistral", "gemma3"])
+def test_a_row_alone(name):
+    """Greedy tokens do not depend on what shares a batch, nor on padding."""
+    alone = parity.decode(case(name), recorded(name), 1)
+    assert (alone == recorded(name)["tokens"]).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_logits_at_the_last_positions(name):
+    """The last layer's work at the last positions alone changes no logit there."""
+    length = batch(name, 1)["mask"].shape[1]
+    everywhere = logits(name, batch(name, length))
+    few = logits(name, batch(name, 3))
+    assert few.shape[1] == 3
+    # A row's padding has no meaningful logits.
+    seen = np.asarray(batch(name, 1)["mask"])[:, -3:]
+    np.testing.assert_allclose(few[seen], everywhere[:, -3:][seen], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_padding_and_empty_rows(name):
+    """More padding changes nothing; a row without any token stays finite."""
+    leaves = batch(name, 3)
+    padded = {
+        "inputs": jnp.pad(leaves["inputs"], ((0, 1), (5, 0)), constant_values=7),
+        "mask": jnp.pad(leaves["mask"], ((0, 1), (5, 0))),
+        "targets": jnp.zeros((len(leaves["mask"]) + 1, 3), jnp.int32),
+    }
+    found = logits(name, padded)
+    assert np.isfinite(found).all()
+    seen = np.asarray(leaves["mask"])[:, -3:]
+    np.testing.assert_allclose(found[:-1][seen], logits(name, leaves)[seen], atol=2e-5)
+
+
+def test_window():
+    """What lies beyond the windows of all layers has no say; what lies within has."""
+    model = case("mistral").base.model
+    window = model.config.kinds[0].window
+    reach = (window - 1) * len(model.config.pattern)
+    inputs = np.full((2, 16), 5, np.int32)
+    leaves = {"mask": np.ones((2, 16), bool), "targets": np.zeros((2, 1), np.int32)}
+    for distance, same in ((reach + 1, True), (reach, False)):
+        changed = inputs.copy()
+        changed[1, 15 - distance] = 9
+        found = logits("mistral", {"inputs": changed, **leaves})
+        assert (np.abs(found[0] - found[1]).max() < 1e-6) == same
+
+
+@pytest.mark.parametrize("name", ["t5", "gemma3"])
+def test_remat(name):
+    """Recomputed layers give the same gradients."""
+    opened = case(name)
+    again = hf.load(config.Model(path=opened.cfg.model.path, dropout=0.0, remat=True))
+    leaves = batch(name, 3)
+
+    def total(delta, model):
+        low = lora.bind(delta, opened.cfg.lora)
+        found = model.apply({"params": opened.base.params, "lora": low}, leaves)
+        return jnp.square(found).mean()
+
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    ours = parity.flat(opened, gradient(opened.delta, opened.base.model))
+    theirs = parity.flat(opened, gradient(opened.delta, again.model))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout():
+    """Dropout of attention and adapter acts where a random key is given, only there."""
+    opened = case("llama3")
+    low = lora.bind(opened.delta, config.Lora(r=2, dropout=0.5), train=True)
+    variables = {"params": opened.base.params, "lora": low}
+    leaves = batch("llama3", 3)
+    apply = jax.jit(opened.base.model.apply)
+    plain = apply(variables, leaves)
+    one, two = (apply(variables, leaves, rngs={"dropout": k}) for k in _keys())
+    assert (apply(variables, leaves) == plain).all()
+    assert not np.allclose(one, plain) and not np.allclose(one, two)
+    del variables["lora"]
+    attention = hf.load(config.Model(path=opened.cfg.model.path, dropout=0.5)).model
+    apply = jax.jit(attention.apply)
+    plain, dropped = (apply(variables, leaves, rngs=r) for r in ({}, _rngs()))
+    assert np.allclose(plain, logits("llama3", leaves), atol=1e-5)
+    assert not np.allclose(plain, dropped)
+
+
+def _keys():
+    return jax.random.split(jax.random.key(0))
+
+
+def _rngs():
+    return {"dropout": jax.random.key(0)}
+
+
+# How releases before transformers 5 wrote the same settings.
+EARLIER = {
+    "llama3": (
+        ["rope_parameters"],
+        {
+            "rope_theta": 100.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama2": (["rope_parameters", "num_key_value_heads", "head_dim"], {}),
+    "qwen2": (["rope_parameters", "layer_types"], {"rope_theta": 10000.0}),
+    "gemma3": (
+        ["rope_parameters", "layer_types", "_sliding_window_pattern"],
+        {
+            "rope_theta": 1000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "t5": (["tie_word_embeddings", "scale_decoder_outputs"], {}),
+    "flan_t5": (["scale_decoder_outputs"], {"tie_word_embeddings": False}),
+}
+
+
+def settings(name: str) -> dict:
+    return json.loads((make_models.FOLDER / name / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_config_of_earlier_releases(name):
+    gone, old = EARLIER[name]
+    new = settings(name)
+    family = models.family(new["model_type"])
+    before = {k: v for k, v in new.items() if k not in gone} | old
+    assert family.config_from_hf(before) == family.config_from_hf(new)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("llama3", {"model_type": "mamba"}, "'mamba'.*gemma3_text, llama, mistral"),
+        ("llama3", {"attention_bias": True}, "attention_bias True"),
+        ("llama3", {"mlp_bias": True}, "mlp_bias True"),
+        ("llama3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+        (
+            "llama3",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5",
+        ),
+        ("llama3", {"hidden_act": "swish7"}, "activation 'swish7'.*silu"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional"),
+        ("gemma3", {"text_config": {}, "model_type": "gemma3"}, "not text alone"),
+        ("t5", {"feed_forward_proj": "gated-swish"}, "gated-swish.*relu"),
+        ("t5", {"d_kv": ...}, "no field 'd_kv'"),
+        ("llama3", {"hidden_size": ...}, "no field 'hidden_size'"),
+    ],
+)
+def test_unsupported_config(name, change, words, tmp_path):
+    """What a family cannot do is refused by name, never ignored."""
+    data = {k: v for k, v in (settings(name) | change).items() if v is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(aim_jax.InputError, match=words):
+        hf.read_config(tmp_path)
+
+
+@torch_needed
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        make_models.LLAMA3 | {"original_max_position_embeddings": 8192},
+        make_models.LLAMA3 | {"rope_theta": 5e5, "factor": 32.0},
+    ],
+)
+def test_frequencies(rope):
+    """Angles agree with transformers' to the last bit or the one before, at full size."""
+    import transformers
+    from transformers.models.llama import modeling_llama
+
+    hf_config = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=2, rope_parameters=dict(rope)
+    )
+    theirs = modeling_llama.LlamaRotaryEmbedding(hf_config).inv_freq.numpy()
+    ours = np.array(decoder.frequencies(rope, 128), np.float32)
+    np.testing.assert_allclose(ours, theirs, rtol=2.5e-7)
