@@ -23,6 +23,8 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # JAX tells at level INFO which kinds of device are not there.
         logging.set_verbosity(logging.WARNING)
+    # transformers tells that torch is missing; only its tokenizers are used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if len(argv) > 1:
             raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")

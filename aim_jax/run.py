@@ -317,11 +317,11 @@ def train(
     ]
 
     def dispatch(state: steps.State, memo: methods.Memo, step: int) -> tuple:
-        batch, ids = _train_batch(job, task, step)
+        batch, ids = train_batch(job, task, step)
         after, measures = job.steps.train(job.base.params, state, memo.arrays, batch)
         history = None
         if probing:
-            batch = _memory_batch(job, task, [(step, 0)])
+            batch = memory_batch(job, task, [(step, 0)])
             history = job.steps.probe(job.base.params, after, batch)
         return after, measures, history, ids
 
@@ -465,7 +465,7 @@ def write_results(
         "bwt": metrics.bwt(matrix),
         "fwt": metrics.fwt(matrix, single) if single else None,
         "single": single,
-        "versions": _versions(),
+        "versions": versions(),
         "model": job.base.fingerprint,
         "config_sha256": config.sha256(job.cfg),
         "seconds": {k: round(v, 3) for k, v in facts["seconds"].items()},
@@ -474,7 +474,8 @@ def write_results(
     return results
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what decides a result, and the devices."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}
     return {
@@ -499,7 +500,7 @@ def _listed(job: Job, scores: list[float]) -> str:
     return ", ".join(f"{task.name} {100 * score:.1f}" for task, score in named)
 
 
-def _train_batch(job: Job, task: Lesson, step: int) -> tuple[Tree, list[str]]:
+def train_batch(job: Job, task: Lesson, step: int) -> tuple[Tree, list[str]]:
     """The batch of a step on its devices, and the ids of its rows."""
     cfg = job.cfg.train
     chosen = [
@@ -511,7 +512,7 @@ def _train_batch(job: Job, task: Lesson, step: int) -> tuple[Tree, list[str]]:
     return parallel.place(batch, job.devices), [e.id for m in chosen for e in m]
 
 
-def _memory_batch(job: Job, task: Lesson, places: Sequence[tuple[int, int]]) -> Tree:
+def memory_batch(job: Job, task: Lesson, places: Sequence[tuple[int, int]]) -> Tree:
     """Memory batches for (step, number) pairs: number 0 probes, others rehearse."""
     cfg = job.cfg
     chosen = [
@@ -542,7 +543,7 @@ def _tools(job: Job, task: Lesson) -> methods.Tools:
             # A chunk is always full, so that every one has the same shape.
             places = [(step, first + i % size) for i in range(CHUNK)]
             state, values = job.steps.rehearse(
-                job.base.params, state, _memory_batch(job, task, places), size
+                job.base.params, state, memory_batch(job, task, places), size
             )
             losses.append((values, size))
         return state, [float(v) for values, n in losses for v in values[:n]]

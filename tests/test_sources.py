@@ -81,6 +81,9 @@ def test_release_names_what_does_not_fit(tmp_path):
     write(tmp_path / "in/side/dev/a.json", [{"input": "i", "output": 3}])
     text = message("release", tmp_path / "in/side")
     assert "row 0: the output must be a string, not 3" in text
+    write(tmp_path / "in/side/dev/a.json", [{"input": "\ud800", "output": "x"}])
+    text = message("release", tmp_path / "in/side")
+    assert "row 0: the input holds half a surrogate pair" in text
     (tmp_path / "in/side/dev/a.json").unlink()
     assert "a.json: cannot be read: No such file" in message(
         "release", tmp_path / "in/side"

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import aim_jax
 from aim_jax import metrics
@@ -228,6 +228,9 @@ def _write(out: pathlib.Path, files: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, a folder and its report out."""
     values = flags.FLAGS
+    if not values["verbosity"].present:
+        # `datasets` tells at level INFO which other libraries there are.
+        logging.set_verbosity(logging.WARNING)
     try:
         if len(argv) > 1:
             raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")

@@ -381,10 +381,12 @@ def _row(where: str, name: Any, text: Any, label: Any) -> Row:
             raise aim_jax.InputError(
                 f"{where}: the {field} must be a string, not {json.dumps(value)[:40]}"
             )
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
             raise aim_jax.InputError(
-                f"{where}: the {field} holds half a surrogate pair"
-            )
+                f"{where}: the {field} holds half a surrogate pair; replace it"
+            ) from None
     if not text.strip():
         raise aim_jax.InputError(f"{where}: the input is empty; remove the row")
     return row

@@ -410,7 +410,7 @@ def _check(
     keys: dict[str, str],
     ignored: tuple[str, ...] = (),
 ) -> None:
-    """Raise InputError unless `files` hold exactly the tensors of `shapes`."""
+    """Raise InputError unless the tensors of `files` are exactly those of `shapes`."""
     wanted: dict[str, tuple[int, ...]] = {}
     for path, leaf in shapes.items():
         wanted |= _names(keys[path], leaf.shape)
@@ -418,7 +418,8 @@ def _check(
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(files.values())):
         with safetensors.safe_open(file, "numpy") as handle:
-            found |= {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()}
+            names = [n for n in handle.keys() if n in files]
+            found |= {n: tuple(handle.get_slice(n).get_shape()) for n in names}
     problems = {
         "missing": [n for n in wanted if n not in found],
         "unknown": [n for n in found if n not in wanted and not spare.fullmatch(n)],

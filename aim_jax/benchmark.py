@@ -1,0 +1,104 @@
+"""How fast it is: `python -m aim_jax.benchmark --config configs/X.py [--set a.b=v ...]`.
+
+Prints, as JSON, how long the device waits for the host between steps, with and without
+the next step being sent before the signals of the last one are read
+(`parallel.speculate`). Rounds alternate between the ways; figures are medians.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+from absl import app, flags
+
+import aim_jax
+from aim_jax import config, methods, run, steps
+
+_CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
+_SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternating rounds.", lower_bound=1)
+
+
+def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
+    """Milliseconds a step of the second task, and the share the device is idle.
+
+    `device` sends all train steps and probes without reading anything, from batches
+    that lie ready; what a loop needs beyond that, the device waits for.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = run.prepare(cfg, pathlib.Path(folder))
+    task = run.lesson(job, 1)
+    delta = run.fresh(job)
+    state = steps.init(delta, 0, jax.random.key(0))
+    start = run.Place(0, state, methods.Memo(), delta, math.inf)
+    # It probes and never merges, so that all ways do the same work.
+    watcher = methods.Method(memory=True, probe=True)
+    total = run.batches.total_steps(len(task.train), cfg.train)
+    ready = [
+        (run.train_batch(job, task, s)[0], run.memory_batch(job, task, [(s, 0)]))
+        for s in range(1, total + 1)
+    ]
+
+    def loop(speculate: bool) -> Any:
+        parallel = dataclasses.replace(cfg.parallel, speculate=speculate)
+        train = dataclasses.replace(cfg.train, eval_every=total + 1)
+        own = dataclasses.replace(cfg, parallel=parallel, train=train)
+        place = run.train(
+            job._replace(cfg=own), watcher, task, start, lambda *a: None, print
+        )
+        return place.state
+
+    def device() -> Any:
+        after, histories = steps.init(delta, total, jax.random.key(0)), []
+        after = jax.device_put(after, job.devices.replicated)
+        for batch, memory in ready:
+            after, _ = job.steps.train(job.base.params, after, (), batch)
+            histories.append(job.steps.probe(job.base.params, after, memory))
+        return after, histories
+
+    ways = {
+        "device": device,
+        "plain": lambda: loop(False),
+        "speculative": lambda: loop(True),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            jax.block_until_ready(way())
+            if number:  # the first round compiles
+                spent[name].append((time.perf_counter() - began) / total)
+    seconds = {name: statistics.median(values) for name, values in spent.items()}
+    return {
+        "milliseconds a step": {k: round(1000 * s, 3) for k, s in seconds.items()},
+        "idle": {
+            k: round(1 - seconds["device"] / seconds[k], 4)
+            for k in ("plain", "speculative")
+        },
+        "rounds": rounds,
+        "steps": total,
+        "versions": run.versions(),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    try:
+        if len(argv) > 1:
+            raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
+        cfg = config.load(_CONFIG.value, _SET.value)
+        print(json.dumps(idle(cfg, _ROUNDS.value), indent=1))
+    except aim_jax.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)

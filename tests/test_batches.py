@@ -1,0 +1,139 @@
+"""Batches: shapes from buckets, weights that carry the averaging rule, row choice."""
+
+import numpy as np
+import pytest
+
+import aim_jax
+from aim_jax import config
+from aim_jax.data import batches
+from aim_jax.models import hf
+
+DATA = config.Data(max_input=12, max_target=4, buckets=(8, 16), target_buckets=(4, 8))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return batches.tokenizer(hf.ASSETS)
+
+
+def example(inputs, targets, name="r"):
+    return batches.Example(
+        name, np.arange(1, inputs + 1, dtype=np.int32), np.full(targets, 9, np.int32)
+    )
+
+
+def text(kind="encdec", count=1, tokenizer=None):
+    return batches.Text(tokenizer, kind, DATA, count)
+
+
+def test_encode_ends_every_text_and_cuts_to_the_limits(tokenizer):
+    rows = [
+        {"id": "a", "input": "short", "output": "yes"},
+        {"id": "b", "input": "word " * 40, "output": "word " * 40},
+    ]
+    short, long = batches.encode(text(tokenizer=tokenizer), rows)
+    eos = tokenizer.eos_token_id
+    assert short.id == "a" and tokenizer.decode(short.inputs[:-1]) == "short"
+    assert len(long.inputs) == 12 and len(long.targets) == 4
+    assert all(x[-1] == eos for e in (short, long) for x in (e.inputs, e.targets))
+    (whole,) = batches.encode(text(tokenizer=tokenizer), rows[1:], truncate=False)
+    assert len(whole.inputs) > 40 and len(whole.targets) == 4
+    assert batches.encode(text(tokenizer=tokenizer), []) == []
+
+
+def test_decoder_prompt_is_cut_and_answer_stays(tokenizer):
+    rows = [{"id": "b", "input": "word " * 40, "output": "yes"}]
+    (made,) = batches.encode(text("decoder", tokenizer=tokenizer), rows)
+    assert len(made.inputs) == 12
+    assert tokenizer.decode(made.targets[:-1]).strip() == "yes"
+
+
+@pytest.mark.parametrize("length, size", [(1, 8), (8, 8), (9, 16), (17, 32), (40, 48)])
+def test_bucket(length, size):
+    assert batches.bucket(length, (8, 16)) == size
+
+
+def test_collate_encoder_decoder():
+    batch = batches.collate(text(), [[example(3, 2), example(9, 4)]], rows=3)
+    assert {k: v.shape for k, v in batch.items()} == {
+        "inputs": (1, 3, 16),
+        "mask": (1, 3, 16),
+        "targets": (1, 3, 4),
+        "weights": (1, 3, 4),
+    }
+    assert batch["mask"].sum(-1).tolist() == [[3, 9, 0]]
+    assert batch["weights"].sum(-1).tolist() == [[2, 4, 0]]
+    assert batch["inputs"][0, 0, :4].tolist() == [1, 2, 3, 0]
+
+
+def test_collate_decoder_aligns_right_so_that_the_last_positions_predict():
+    batch = batches.collate(text("decoder"), [[example(3, 2)]], rows=1)
+    assert batch["inputs"][0, 0].tolist() == [0, 0, 0, 0, 1, 2, 3, 9]
+    assert batch["mask"][0, 0].tolist() == [False] * 4 + [True] * 4
+    assert batch["targets"][0, 0].tolist() == [0, 0, 9, 9]
+    assert batch["weights"][0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_decoder_inputs_are_never_shorter_than_targets():
+    batch = batches.collate(text("decoder"), [[example(1, 8)]], rows=1)
+    assert batch["inputs"].shape[2] >= batch["targets"].shape[2]
+
+
+def test_rows_fill_up_to_the_number_of_devices():
+    batch = batches.collate(text(count=4), [[example(3, 2)]], rows=5)
+    assert batch["inputs"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("average", ["token", "micro_batch"])
+def test_weights_make_the_average(average):
+    micros = [[example(3, 1), example(3, 2)], [example(3, 4)]]
+    batch = batches.collate(text(), micros, 2, average)
+    losses = np.random.default_rng(0).random(batch["weights"].shape)
+    real = batch["weights"] > 0
+    value = (losses * batch["weights"]).sum() / real.sum()
+    means = [losses[m][real[m]].mean() for m in range(2)]
+    expected = np.mean(means) if average == "micro_batch" else losses[real].mean()
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("average", ["token", "micro_batch"])
+def test_validation_batches_sum_to_the_rule(average):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(1, (16, 5), (21, 2)).tolist()
+    rows = [example(n, k, str(i)) for i, (n, k) in enumerate(sizes)]
+    loss = {r.id: rng.random(len(r.targets)) for r in rows}
+    found = sorted(len(r.inputs) for r in rows)
+    made = batches.validation_batches(text(), rows, 4, average)
+    assert sum(int((b["weights"].sum(-1) > 0).sum()) for b in made) == 21
+    # Sorted by length: the order in which the batches hold the rows.
+    order = sorted(rows, key=lambda r: len(r.inputs))
+    assert [len(r.inputs) for r in order] == found
+    total = 0.0
+    for start, batch in zip(range(0, 21, 4), made, strict=True):
+        for r, row in enumerate(order[start : start + 4]):
+            total += (batch["weights"][0, r, : len(row.targets)] * loss[row.id]).sum()
+    if average == "token":
+        expected = np.concatenate(list(loss.values())).mean()
+    else:
+        groups = [rows[i : i + 8] for i in range(0, 21, 8)]
+        means = [np.concatenate([loss[r.id] for r in g]).mean() for g in groups]
+        expected = np.average(means, weights=[len(g) for g in groups])
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_visit_every_row_once_an_epoch_and_may_straddle_epochs():
+    train = config.Train(epochs=4, batch_size=4, micro_batch_size=2)
+    assert batches.total_steps(5, train) == 6  # 4 epochs of 3 micro-batches, two a step
+    micros = [m for s in range(1, 7) for m in batches.step_rows(5, train, (1, 2), s)]
+    assert [len(m) for m in micros] == [2, 2, 1] * 4
+    for epoch in range(4):
+        seen = np.concatenate(micros[3 * epoch : 3 * epoch + 3])
+        assert sorted(seen.tolist()) == [0, 1, 2, 3, 4]
+    again = batches.step_rows(5, train, (1, 2), 3)
+    assert all(np.array_equal(a, b) for a, b in zip(again, micros[4:6], strict=True))
+    assert len({tuple(np.concatenate(micros[3 * e : 3 * e + 3])) for e in range(4)}) > 1
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(aim_jax.InputError, match=str(tmp_path)):
+        batches.tokenizer(tmp_path)
