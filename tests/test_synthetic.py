@@ -20,7 +20,7 @@ from aim_jax.models import hf
 SIZES = (synthetic.TRAIN, synthetic.DEV, synthetic.TEST)
 # Recorded from the generators; may change only together with the tasks themselves, and
 # then every score measured on them must be measured again.
-RECORDED = "?"
+RECORDED = "13940e15144dc87b8fab2d5b03c0636e95bb4f8e43834934ec983aa1410c04c2"
 ODD = (
     "",
     " two  spaces ",

@@ -51,7 +51,7 @@ def text(rng: random.Random) -> str:
 
 def exercise(rng: random.Random) -> tuple[str, str, str]:
     """Name, input and output of an exercise."""
-    name = synthetic.pick(rng, [*EXERCISES, *HARD])
+    name = synthetic.pick(rng, list(EXERCISES))
     return name, *EXERCISES[name](rng)
 
 
@@ -167,9 +167,9 @@ def _ask(question: str, words: Sequence[str]) -> str:
 
 
 def _after(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 2, 7)
-    i = max(0, len(words) - 2 - int(rng.random() * 5))
-    return _ask(f"Which words come after {words[i]}?", words), " ".join(words[i + 1 :])
+    words = _words(rng, 2, 8)
+    i = int(rng.random() * (len(words) - 1))
+    return _ask(f"Which word comes after {words[i]}?", words), words[i + 1]
 
 
 def _before(rng: random.Random) -> tuple[str, str]:
@@ -186,7 +186,7 @@ def _position(rng: random.Random) -> tuple[str, str]:
 
 
 def _repeat(rng: random.Random) -> tuple[str, str]:
-    words = _words(rng, 1, 6)
+    words = _words(rng, 1, 3)
     return _ask("Repeat the text.", words), " ".join(words)
 
 
@@ -348,7 +348,7 @@ def _together(rng: random.Random) -> tuple[str, str]:
 
 
 EXERCISES: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "words after": _after,
+    "word after": _after,
     "word before": _before,
     "word by position": _position,
     "repeat": _repeat,
@@ -366,14 +366,3 @@ EXERCISES: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "same sentence": _equal,
     "belong together": _together,
 }
-
-# Slow to learn, so drawn twice as often.
-HARD = (
-    "words after",
-    "repeat",
-    "is it there",
-    "which is there",
-    "same kind",
-    "statement",
-    "same sentence",
-)

@@ -35,15 +35,15 @@ from aim_jax.data import batches, synthetic
 from aim_jax.models import hf
 
 _OUT = flags.DEFINE_string("out", str(hf.ASSETS), "folder to write")
-_STEPS = flags.DEFINE_integer("steps", 9000, "optimizer steps", lower_bound=200)
+_STEPS = flags.DEFINE_integer("steps", 4000, "optimizer steps", lower_bound=200)
 
 SEED = 0
 ROWS = 32
 LEARNING_RATE = 1e-2
 WARMUP = 100
-SPANS = 0.2  # part of the batches that are span corruption
+SPANS = 0.25  # part of the batches that are span corruption
 LENGTHS = (32, 48, 64)
-TARGETS = {"spans": 16, "exercises": 8}
+TARGETS = {"spans": 16, "exercises": 4}
 SPECIAL = ("<pad>", "</s>", "<unk>")
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(8))
 CONFIG = {
@@ -368,7 +368,7 @@ def main(_: list[str]) -> None:
     for number, (kind, batch) in zip(range(1, steps + 1), stream(made), strict=False):
         params, state, loss = step(params, state, batch)
         recent[kind].append(loss)
-        if number % 200 == 0 or number == steps:
+        if number % 100 == 0 or number == steps:
             final = {k: float(np.mean(jax.device_get(v))) for k, v in recent.items()}
             recent = {kind: [] for kind in TARGETS}
             seconds = time.perf_counter() - began

@@ -200,9 +200,9 @@ def keys(config: Config) -> dict[str, str]:
 
 
 class Tables(NamedTuple):
-    """What all layers of a kind share; each leaf has the kind on axis 0.
+    """What all layers of a kind share, float32; the kinds are on axis 0.
 
-    cos, sin: float32 (1, t, d/2) per row; bias: float32 (b, 1, t, s).
+    cos, sin: (kinds, b, 1, t, d/2); bias: (kinds, b, 1, t, s).
     """
 
     cos: jax.Array
@@ -217,9 +217,8 @@ def tables(
 
     mask: keys (b, s) that may be seen at all; a query sees none after its own place.
     """
-    angles = positions[:, None, :, None] * jnp.array([k.frequencies for k in kinds])[
-        :, None, None, None
-    ].astype(jnp.float32)
+    turns = np.array([k.frequencies for k in kinds], np.float32)
+    angles = positions[:, None, :, None] * turns[:, None, None, None]
     query = index + jnp.arange(positions.shape[1])[:, None]
     key = jnp.arange(mask.shape[1])
     visible = mask[:, None, None] & (key <= query)
