@@ -184,10 +184,10 @@ def measure(case: Case, expected: Arrays) -> dict[str, float]:
 def rounding(
     folder: pathlib.Path, adapter: pathlib.Path, expected: Arrays
 ) -> tuple[float, float]:
-    """Largest differences of bfloat16 logits from PyTorch's float32: ours, PyTorch's."""
+    """RMS difference of bfloat16 logits from PyTorch's float32: ours, PyTorch's."""
     case = open_case(folder, adapter, dtype="bfloat16")
-    ours = logits(case, expected, nothing(case))
-    return _largest(ours, expected["logits"]), float(expected["bfloat16"])
+    change = logits(case, expected, nothing(case)) - expected["logits"]
+    return float(np.sqrt(np.mean(change**2))), float(expected["bfloat16"])
 
 
 def exports(case: Case, expected: Arrays, workdir: pathlib.Path) -> dict[str, float]:
@@ -244,7 +244,7 @@ def _relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def main(names: Sequence[str]) -> None:
     """Print the table as Markdown."""
-    print(f"| model | scale | {' | '.join(BARS)} | bf16: ours, PyTorch's |")
+    print(f"| model | scale | {' | '.join(BARS)} | bf16 RMS: ours, PyTorch's |")
     print("|---" * (len(BARS) + 3) + "|")
     for name in names or make_models.CONFIGS:
         with tempfile.TemporaryDirectory() as scratch:

@@ -163,7 +163,12 @@ def test_one_exceedance_arms_the_planned_step_and_three_do_not_wait():
 
 @pytest.mark.parametrize(
     "flag, interval, expected",
-    [(1, 70, (0.6, 0.4)), (1, 71, (0.5, 0.5)), (2, 70, (0.5, 0.5)), (2, 71, (0.4, 0.6))],
+    [
+        (1, 70, (0.6, 0.4)),
+        (1, 71, (0.5, 0.5)),
+        (2, 70, (0.5, 0.5)),
+        (2, 71, (0.4, 0.6)),
+    ],
 )
 def test_fusion_weights(flag, interval, expected):
     control = controller.Controller(interval, 8, 8, flag=flag)

@@ -83,7 +83,7 @@ def test_bfloat16(name):
     """Rounded as much as PyTorch rounds; the logits themselves are float32."""
     folder = make_models.FOLDER / name
     ours, theirs = parity.rounding(folder, folder / "adapter", recorded(name))
-    assert 1e-4 < ours < 2 * theirs
+    assert 1e-4 < ours < 1.5 * theirs
     base = hf.load(config.Model(path=str(folder), dtype="bfloat16"))
     shape = jax.eval_shape(base.model.apply, {"params": base.params}, batch(name, 3))
     assert shape.dtype == jnp.float32

@@ -1,0 +1,175 @@
+"""The compiled computations on the embedded model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aim_jax import config, lora, steps
+from aim_jax.data import batches, synthetic
+from aim_jax.models import hf
+
+CFG = config.resolve(
+    config.Config(
+        data=config.Data(buckets=(64,), target_buckets=(8,)),
+        train=config.Train(
+            batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup_steps=2
+        ),
+        lora=config.Lora(dropout=0.0),
+    )
+)
+
+
+class Kit:
+    def __init__(self):
+        self.base = hf.load(CFG.model)
+        self.text = batches.Text(batches.tokenizer(hf.ASSETS), "encdec", CFG.data)
+        self.rows = batches.encode(
+            self.text,
+            synthetic.task("topic", 0, 6, 0, 0)["train"]
+            + synthetic.task("extraction", 0, 6, 0, 0)["train"],
+        )
+        key = jax.random.key(0)
+        self.delta = lora.init(key, self.base.params, self.base.keys, CFG.lora)
+
+    def batch(self, micros, average="token"):
+        chosen = [[self.rows[i] for i in m] for m in micros]
+        return batches.collate(self.text, chosen, max(map(len, micros)), average)
+
+    def steps(self, cfg=CFG, probe_dropout=False):
+        pure = steps.make(self.base.model, cfg, probe_dropout)
+        return steps.Steps(*map(jax.jit, pure))
+
+    def state(self, total=20):
+        return steps.init(self.delta, total, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def kit():
+    return Kit()
+
+
+@pytest.fixture(scope="module")
+def made(kit):
+    return kit.steps()
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def close(a, b):
+    # Sums in another order.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("average", ["token", "micro_batch"])
+def test_loss_of_accumulated_micro_batches(kit, made, average):
+    micros = [[0], [6, 7]]
+    _, measures = made.train(
+        kit.base.params, kit.state(), (), kit.batch(micros, average)
+    )
+    alone = [
+        float(made.train(kit.base.params, kit.state(), (), kit.batch([m]))[1]["loss"])
+        for m in micros
+    ]
+    counts = [sum(len(kit.rows[i].targets) for i in m) for m in micros]
+    weights = counts if average == "token" else [1, 1]
+    expected = np.average(alone, weights=weights)
+    assert counts[0] != counts[1]
+    assert float(measures["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_rows_change_nothing(kit, made):
+    one = kit.batch([[0, 1]])
+    padded = batches.collate(kit.text, [[kit.rows[0], kit.rows[1]]], 5)
+    a, b = (made.train(kit.base.params, kit.state(), (), x) for x in (one, padded))
+    close(a[0].delta, b[0].delta)
+    assert float(a[1]["loss"]) == pytest.approx(float(b[1]["loss"]), rel=1e-5)
+
+
+def test_learning_rate_rises_from_zero_and_falls_to_zero():
+    train = dataclasses.replace(CFG.train, learning_rate=1.0, warmup_steps=4)
+    rates = [
+        float(steps.learning_rate(jnp.int32(s), jnp.int32(10), train))
+        for s in range(11)
+    ]
+    assert rates == pytest.approx(
+        [0, 0.25, 0.5, 0.75, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0], abs=1e-6
+    )
+    # A task shorter than the warm-up never gets past it.
+    assert float(steps.learning_rate(jnp.int32(2), jnp.int32(3), train)) == 0.5
+
+
+def test_the_first_step_moves_nothing_but_the_moments(kit, made):
+    state, measures = made.train(kit.base.params, kit.state(), (), kit.batch([[0, 1]]))
+    same(state.delta, kit.delta)
+    assert float(measures["movement"]) == 0 and float(measures["lr"]) == 0
+    assert int(state.adam.count) == int(state.step) == 1
+
+
+def test_an_update_is_clipped_adam(kit, made):
+    state = kit.state()._replace(step=jnp.int32(1))
+    batch = kit.batch([[0, 1]])
+    after, measures = made.train(kit.base.params, state, (), batch)
+    norm = float(measures["grad_norm"])
+    assert norm > CFG.train.clip_norm
+    # Moments of the first update hold the clipped gradient.
+    clipped = jax.tree.map(lambda m: m / 0.1, after.adam.mu)
+    length = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(clipped)))
+    assert length == pytest.approx(1.0, rel=1e-4)
+    rate = float(measures["lr"])
+    jax.tree.map(
+        lambda p, q, g: np.testing.assert_allclose(
+            q, p - rate * g / (abs(g) + 1e-8), atol=1e-6
+        ),
+        state.delta,
+        after.delta,
+        clipped,
+    )
+
+
+def test_rehearsal_is_updates_at_one_rate_with_shared_moments(kit, made):
+    state = kit.state()._replace(step=jnp.int32(3))
+    micros = [[0, 1], [6, 7], [2, 3]]
+    chunk = kit.batch(micros)
+    after, losses = made.rehearse(kit.base.params, state, chunk, 2)
+    expected = state
+    for number, micro in enumerate(micros[:2]):
+        expected, measures = made.train(
+            kit.base.params, expected, (), kit.batch([micro])
+        )
+        expected = expected._replace(step=state.step)
+        assert float(losses[number]) == pytest.approx(float(measures["loss"]), rel=1e-5)
+    close(after.delta, expected.delta)
+    assert int(after.adam.count) == 2 and int(after.step) == 3
+    assert float(losses[2]) == 0
+    untouched, _ = made.rehearse(kit.base.params, state, chunk, 0)
+    same(untouched, state)
+
+
+def test_dropout_is_random_by_step_and_repeats_when_a_step_is_repeated(kit):
+    dropping = dataclasses.replace(CFG, lora=config.Lora(dropout=0.5))
+    made = kit.steps(dropping, probe_dropout=True)
+    quiet = kit.steps(dropping, probe_dropout=False)
+    batch = kit.batch([[0, 1]])
+    state = kit.state()._replace(step=jnp.int32(1))
+    first, _ = made.train(kit.base.params, state, (), batch)
+    again, _ = made.train(kit.base.params, state, (), batch)
+    same(first, again)
+    noisy = float(made.probe(kit.base.params, first, batch))
+    assert noisy == float(made.probe(kit.base.params, first, batch))
+    later = first._replace(adam=first.adam._replace(count=first.adam.count + 1))
+    assert noisy != float(made.probe(kit.base.params, later, batch))
+    still = [float(quiet.probe(kit.base.params, s, batch)) for s in (first, later)]
+    assert still[0] == still[1] != noisy
+
+
+def test_validation_sums_the_weighted_losses(kit, made):
+    batch = kit.batch([[0, 1]])
+    _, measures = made.train(kit.base.params, kit.state(), (), batch)
+    total = float(made.validate(kit.base.params, kit.delta, batch))
+    count = batch["weights"].sum()
+    assert total / count == pytest.approx(float(measures["loss"]), rel=1e-5)
