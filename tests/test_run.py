@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_adapter(
         run.run(make(), tmp_path / "run")
     text = str(error.value)
     assert f"task {TASKS[1]}, step 1: loss" in text
-    assert f"{TASKS[1]}_" in text and f"00-{TASKS[0]}" in text
+    assert f"{TASKS[1]}-train-" in text and f"00-{TASKS[0]}" in text
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(whole):
