@@ -7,7 +7,7 @@ paper's description (arXiv 2509.17348, section 3).
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Rules(Protocol):
@@ -56,12 +56,6 @@ class Controller:
 def start(rules: Rules) -> Controller:
     """The controller at the start of a task."""
     return Controller(rules.interval, rules.rehearsal, planned=rules.interval)
-
-
-def from_json(data: dict[str, Any]) -> Controller:
-    """The controller that `dataclasses.asdict` and JSON turned into `data`."""
-    lists = {k: tuple(data[k]) for k in ("losses", "learning")}
-    return Controller(**(data | lists))
 
 
 def observe(control: Controller, rules: Rules, step: int, history: float) -> Controller:

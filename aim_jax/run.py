@@ -211,14 +211,8 @@ def restore(
             f"model.path: '{job.cfg.model.path}' has changed since {job.folder} was"
             " begun; restore it or use another --workdir"
         )
-    host = memo.host
-    if host is not None:
-        values = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in facts["host"].items()
-        }
-        host = dataclasses.replace(host, **values)
     best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
-    memo = methods.Memo(arrays["memo"], host)
+    memo = methods.Memo(arrays["memo"], methods.revive(memo.host, facts["host"]))
     place = Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
     return place, facts
 

@@ -13,7 +13,7 @@ import sys
 import golden
 import pytest
 
-from aim_jax import config, controller
+from aim_jax import config, controller, methods
 from aim_jax.methods import aim
 
 PAPER = config.resolve(
@@ -299,7 +299,8 @@ def test_json_round_trip():
     history = [1.0, 3.0, 2.0] * 20
     control = controller.start(RELEASE)
     for step, loss in enumerate(history, 1):
-        copy = controller.from_json(json.loads(json.dumps(dataclasses.asdict(control))))
+        data = json.loads(json.dumps(dataclasses.asdict(control)))
+        copy = methods.revive(controller.start(RELEASE), data)
         assert copy == control
         control = controller.observe(control, RELEASE, step, loss)
         if controller.decide(control, RELEASE, step, len(history)):

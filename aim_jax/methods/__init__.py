@@ -34,6 +34,14 @@ class Memo(NamedTuple):
     host: Any = None
 
 
+def revive(host: Any, data: dict[str, Any] | None) -> Any:
+    """The host part of a memo that JSON turned into `data`; `host`: a fresh one."""
+    if host is None:
+        return None
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return dataclasses.replace(host, **values)
+
+
 class Signals(NamedTuple):
     """What the host reads after a step: plain numbers.
 
