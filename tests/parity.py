@@ -43,8 +43,8 @@ BARS = {
 class Case(NamedTuple):
     """A model of ours with the adapter that PEFT wrote, and what is compiled for it.
 
-    loss(delta, batch) -> (loss, logits of `targets`), gradients; train: `steps.Steps`;
-    decode: `evaluate.greedy`.
+    loss(delta, base tree, batch) -> (loss, logits of `targets`), gradients; train:
+    `steps.Steps`; decode: `evaluate.greedy`.
     """
 
     base: hf.Base
@@ -81,8 +81,8 @@ def open_case(
         )
     )
 
-    def loss(delta: Any, leaves: Any) -> tuple[jax.Array, jax.Array]:
-        variables = {"params": base.params, "lora": lora.bind(delta, cfg.lora)}
+    def loss(delta: Any, params: Any, leaves: Any) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": params, "lora": lora.bind(delta, cfg.lora)}
         found = base.model.apply(variables, leaves)
         each = optax.softmax_cross_entropy_with_integer_labels(found, leaves["targets"])
         weights = leaves["weights"]
@@ -121,7 +121,7 @@ def batch(case: Case, expected: Arrays, number: int) -> batches.Batch:
 def logits(case: Case, expected: Arrays, delta: Any) -> np.ndarray:
     """Logits (tokens, v) of the answers of the first batch."""
     leaves = {k: v[0] for k, v in batch(case, expected, 0).items()}
-    (_, found), _ = case.loss(delta, leaves)
+    (_, found), _ = case.loss(delta, case.base.params, leaves)
     return np.asarray(found)[leaves["weights"] > 0]
 
 
@@ -160,7 +160,7 @@ def measure(case: Case, expected: Arrays) -> dict[str, float]:
     20 steps: norm of the difference over the norm; tokens: rows that differ.
     """
     leaves = {k: v[0] for k, v in batch(case, expected, 0).items()}
-    (value, _), gradients = case.loss(case.delta, leaves)
+    (value, _), gradients = case.loss(case.delta, case.base.params, leaves)
     state = steps.init(case.delta, make_models.STEPS, jax.random.key(0))
     state = place(case, state)
     losses = []
