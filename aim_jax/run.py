@@ -128,7 +128,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
     """Make `folder` the run of `cfg`. Raises InputError if it is another config's."""
     file = folder / "config.json"
     if file.is_file():
-        theirs = config.from_json(json.loads(file.read_text()))
+        theirs = config.from_json(_json(file))
         changed = config.differences(theirs, cfg)
         if changed:
             raise aim_jax.InputError(
@@ -144,7 +144,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
 def finished(folder: pathlib.Path) -> dict[str, Any] | None:
     """The results of a finished run, else None."""
     file = folder / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = _json(file) if file.is_file() else {}
     return results if results.get("finished") else None
 
 
@@ -483,6 +483,15 @@ def versions() -> dict[str, str]:
 def _key(cfg: config.Config, task: tasks.Task) -> tuple[int, int]:
     # By name, so that a task's random choices do not depend on its place in the stream.
     return cfg.train.seed, zlib.crc32(task.name.encode())
+
+
+def _json(file: pathlib.Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise aim_jax.InputError(
+            f"{file}: not JSON ({error}); restore it or use another --workdir"
+        ) from None
 
 
 def _numbered(job: Job, number: int) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -210,6 +211,16 @@ def test_a_foreign_folder_is_refused(tmp_path):
     with pytest.raises(aim_jax.InputError, match="not empty and holds no run"):
         run.run(make(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+def test_a_broken_file_of_a_run_is_named(whole, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    (folder / name).write_text('{"cut')
+    with pytest.raises(aim_jax.InputError, match=f"{name}: not JSON"):
+        run.run(make(eval__fwt=True), folder)
+    assert (folder / name).read_text() == '{"cut'
 
 
 def test_missing_model_or_data_leave_no_workdir(tmp_path):
