@@ -12,6 +12,7 @@ from hypothesis import strategies
 
 import aim_jax
 from aim_jax import config, methods
+from aim_jax.data import tasks
 from aim_jax.methods import aim, sequential
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -351,9 +352,25 @@ def test_committed_configs_load_and_show_their_command(file):
     assert f"python -m aim_jax.main --config configs/{file.name}" in text
 
 
+BENCHMARKS = ("standard_cl", "long_sequence", "superni")
+MODELS = ("t5_large", "qwen3_1p7b", "llama2_7b", "llama2_13b", "gemma3_270m")
+
+
 def test_there_are_committed_configs():
-    stems = {file.stem for file in FILES}
-    assert {"quickstart", "standard_cl", "long_sequence", "superni"} <= stems
+    assert {"quickstart", *BENCHMARKS, *MODELS} <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_preset_takes_every_benchmark_with_its_settings(name):
+    for benchmark in BENCHMARKS:
+        path = ROOT / f"configs/{name}.py"
+        preset = config.load(path, [f"data.benchmark={benchmark}"])
+        alone = config.load(ROOT / f"configs/{benchmark}.py")
+        assert preset.model.path.startswith("models/")
+        order = next(iter(tasks.BENCHMARKS[benchmark].orders))
+        assert preset.data.order is None and alone.data.order == order
+        for section in ("train", "memory", "method", "eval"):
+            assert getattr(preset, section) == getattr(alone, section)
 
 
 @pytest.mark.parametrize("path", ["", "configs/no.py", "configs"])
