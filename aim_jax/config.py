@@ -53,6 +53,7 @@ class Memory:
 
     percent: float = 2.0
     rule: str | None = None  # `release` or `exact`
+    replay: str | None = None  # run whose memory is used, in place of percent and rule
     batch_size: int = 32
 
 

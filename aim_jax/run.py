@@ -43,7 +43,11 @@ CHUNK = 8  # rehearsal steps in one compiled call; any number takes ceil(n / 8) 
 
 
 class Job(NamedTuple):
-    """All that stays the same while a run goes on."""
+    """All that stays the same while a run goes on.
+
+    memory: rows kept of each task of the stream, none for a method without memory.
+    usage: `tasks.usage` by task.
+    """
 
     cfg: config.Config
     folder: pathlib.Path
@@ -54,6 +58,8 @@ class Job(NamedTuple):
     steps: steps.Steps
     decode: Callable
     method: methods.Method
+    memory: list[list[batches.Row]]
+    usage: dict[str, dict[str, int]]
 
 
 class Lesson(NamedTuple):
@@ -150,9 +156,11 @@ def finished(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     """Load data, base model and tokenizer and compile lazily; then write config.json."""
-    stream = tasks.load(cfg.data)
+    found = stream = tasks.load(cfg.data)
     if not cfg.train.validation_leaks:
-        stream = tasks.without_leaks(stream, cfg.train.validation_rows)
+        stream = tasks.without_leaks(found, cfg.train.validation_rows)
+    pairs = zip(found, stream, strict=True)
+    usage = {used.name: tasks.usage(task, used) for task, used in pairs}
     for metric in {task.metric for task in stream}:
         # Shows a missing package now and not after hours of training.
         metrics.score_row(metric, "", "")
@@ -175,8 +183,31 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     )
     decode = evaluate.greedy(base.model, text.tokenizer.eos_token_id, cfg)
     method = methods.module(cfg.method.name).make(cfg.method)
+    kept = remember(cfg.memory, stream) if method.memory else []
     logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
-    return Job(cfg, folder, stream, base, text, devices, compiled, decode, method)
+    for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
+        logs.write_rows(folder / "memory" / f"{number:02d}-{task.name}.jsonl", rows)
+    return Job(
+        cfg,
+        folder,
+        stream,
+        base,
+        text,
+        devices,
+        compiled,
+        decode,
+        method,
+        kept,
+        usage,
+    )
+
+
+def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.Row]]:
+    """The rows that the memory keeps of each task: its rule's, or another run's."""
+    if cfg.replay:
+        # The last task is rehearsed by none.
+        return [tasks.remembered(cfg.replay, task.name) for task in stream[:-1]]
+    return memory.sample([task.train for task in stream[:-1]], cfg.percent, cfg.rule)
 
 
 def fresh(job: Job) -> Tree:
@@ -232,10 +263,7 @@ def lesson(job: Job, number: int) -> Lesson:
     """Task `number` of the stream with what the earlier tasks leave it."""
     cfg, task = job.cfg, job.stream[number]
     held = tasks.validation(job.stream[: number + 1], cfg.train.validation_rows)
-    kept: list[batches.Row] = []
-    if job.method.memory and number:
-        earlier = [t.train for t in job.stream[:number]]
-        kept = memory.fill(earlier, cfg.memory.percent, cfg.memory.rule)
+    kept = memory.fill(job.memory[:number])
     return Lesson(
         task.name,
         *(batches.encode(job.text, rows) for rows in (task.train, held, kept)),
@@ -452,6 +480,7 @@ def write_results(
         "benchmark": job.cfg.data.benchmark,
         "order": job.cfg.data.order,
         "tasks": [t.name for t in job.stream],
+        "rows": job.usage,
         "seed": job.cfg.train.seed,
         "finished": finished,
         "matrix": [[*row, *[None] * (count - len(row))] for row in matrix],

@@ -2,7 +2,8 @@
 
 python -m aim_jax.main --config configs/standard_cl.py --set data.root=DATA --workdir RUN
 
-Any T5 directory may be the base: --set model.path=DIR. Time and score: not run yet.
+Any T5 directory may be the base: --set model.path=DIR. With these settings: not run yet;
+with fewer epochs on the embedded model: docs/benchmarks.md has time and score.
 """
 
 from aim_jax import config

@@ -16,6 +16,7 @@ from aim_jax.data import synthetic
 from aim_jax.methods import aim, sequential
 
 TASKS = synthetic.STREAM[:3]
+SIZES = (synthetic.TRAIN, synthetic.DEV, synthetic.TEST)
 
 
 def make(method=None, **changes):
@@ -159,6 +160,48 @@ def test_sequential_is_the_run_without_memory_and_merges(whole, tmp_path):
     assert not np.array_equal(
         *(list(adapter(f, 2).values())[0] for f in (folder, whole[0]))
     )
+
+
+def test_the_memory_is_saved_and_another_run_replays_it(whole, tmp_path):
+    folder, _ = whole
+    kept = {p.name: rows(p.parent, p.name) for p in (folder / "memory").iterdir()}
+    assert sorted(kept) == [f"{i:02d}-{name}.jsonl" for i, name in enumerate(TASKS[:2])]
+    for i in range(2):  # 25 percent of 24 rows
+        chosen = kept[f"{i:02d}-{TASKS[i]}.jsonl"]
+        train = synthetic.task(TASKS[i], 0, *SIZES)["train"][:24]
+        assert len(chosen) >= 6 and all(row in train for row in chosen)
+    # Neither field counts any more, so the same rows come from the files.
+    cfg = make(memory__replay=str(folder), memory__percent=0, memory__rule="exact")
+    run.run(cfg, tmp_path / "again")
+    ours, theirs = adapter(tmp_path / "again", 2), adapter(folder, 2)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_memory_that_lacks_a_task_or_is_broken_is_named(whole, tmp_path):
+    shutil.copytree(whole[0] / "memory", tmp_path / "memory")
+    cfg = make(memory__replay=str(tmp_path))
+    file = tmp_path / f"memory/01-{TASKS[1]}.jsonl"
+    file.write_text('{"input": "a\u2028", "output": "b"}\n{"input"\n', "utf-8")
+    with pytest.raises(aim_jax.InputError, match=f"01-{TASKS[1]}.jsonl: row 1 .*JSON"):
+        run.prepare(cfg, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(aim_jax.InputError, match=f"no NN-{TASKS[1]}.*{TASKS[0]}"):
+        run.prepare(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_tell_which_rows_were_used(whole):
+    assert whole[1]["rows"] == {
+        name: {
+            "train": 24,
+            "dev": 4,
+            "test": 8,
+            "dev_in_test": 0,
+            "dropped": 0,
+            "held_out": 0,
+        }
+        for name in TASKS
+    }
 
 
 def test_compilations_are_bounded_by_length_buckets(tmp_path):

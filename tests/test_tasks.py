@@ -312,6 +312,24 @@ def test_without_leaks_gives_train_rows_where_no_dev_row_is_left(train, given):
     assert sorted(ids(chosen)) == sorted(ids(clean.dev))
 
 
+def test_usage_counts_what_leaked_and_what_was_done_about_it():
+    def row(text):
+        return {"id": "", "input": text, "output": "x"}
+
+    train = [row(f"train {i}") for i in range(30)]
+    test = [row("a"), row("b")]
+    partly = tasks.Task("t", "exact", train, [row("a"), row(" b\n"), row("c")], test)
+    wholly = partly._replace(dev=partly.dev[:2])
+    clean, given = tasks.without_leaks([partly, wholly], 25)
+    fields = ("train", "dev", "test", "dev_in_test", "dropped", "held_out")
+    for found, used, expected in (
+        (partly, partly, (30, 3, 2, 2, 0, 0)),
+        (partly, clean, (30, 1, 2, 0, 2, 0)),
+        (wholly, given, (27, 3, 2, 0, 2, 3)),
+    ):
+        assert tasks.usage(found, used) == dict(zip(fields, expected, strict=True))
+
+
 def test_without_leaks_says_when_there_is_nothing_to_validate_on():
     lonely = task("solo", train=1, dev=3, leaks=3)
     fails(

@@ -13,31 +13,27 @@ T = TypeVar("T")
 
 
 def fill(
-    tasks_train: Sequence[Sequence[dict[str, str]]],
-    percent: float,
-    rule: str,
-    seed: int = 42,
+    kept: Sequence[Sequence[dict[str, str]]], seed: int = 42
 ) -> list[dict[str, str]]:
-    """The memory made of the train rows of the earlier tasks, in its lasting order.
+    """The memory made of the rows `kept` of each earlier task, in its lasting order.
 
-    With seed 42 and rule `release` it is the buffer of the PyTorch release, row by row: one
-    random stream for all tasks, so that the memory of task t+1 is that of task t and new
-    rows, shuffled by the second seed that `datasets` takes from numpy (the first one
-    shuffles the train rows).
+    With seed 42 and what `sample` keeps by rule `release` it is the buffer of the PyTorch
+    release, row by row: mixed by the second seed that `datasets` takes from numpy (the
+    first one shuffles the train rows).
     """
-    rows = sample(tasks_train, percent, rule, random.Random(seed))
-    return shuffle(rows, second_seed(seed))
+    return shuffle([row for rows in kept for row in rows], second_seed(seed))
 
 
 def sample(
     tasks_train: Sequence[Sequence[dict[str, str]]],
     percent: float,
     rule: str,
-    rng: random.Random,
-) -> list[dict[str, str]]:
-    """The rows that the memory keeps of each task's train rows, task by task.
+    seed: int = 42,
+) -> list[list[dict[str, str]]]:
+    """The rows that the memory keeps of each task's train rows.
 
-    A class is a distinct output. A task of N rows has a budget of n = int(N percent / 100).
+    One random stream serves all tasks, so that a further task changes no earlier choice. A
+    class is a distinct output. A task of N rows has a budget of n = int(N percent / 100).
 
     release: each class gives max(1, n // classes) rows if it has them; what is then missing
       of n comes from all other rows. On tasks of free text, where nearly every output is
@@ -50,12 +46,11 @@ def sample(
     if not 0 <= percent <= 100:
         raise aim_jax.InputError(f"memory.percent: {percent} must be from 0 to 100")
     if percent == 0:
-        return []
-    choose = {"release": _release, "exact": _exact}[rule]
+        return [[] for _ in tasks_train]
+    choose, rng = {"release": _release, "exact": _exact}[rule], random.Random(seed)
     return [
-        rows[i]
+        [rows[i] for i in choose(_classes(rows), int(len(rows) * percent / 100), rng)]
         for rows in tasks_train
-        for i in choose(_classes(rows), int(len(rows) * percent / 100), rng)
     ]
 
 

@@ -172,9 +172,7 @@ def without_leaks(tasks: Iterable[Task], rows: int = 25) -> list[Task]:
 
 
 def _without_leaks(task: Task, rows: int) -> Task:
-    # dbpedia's splits differ in line breaks alone.
-    tested = {" ".join(row["input"].split()) for row in task.test}
-    dev = [row for row in task.dev if " ".join(row["input"].split()) not in tested]
+    dev = _clean(task)
     if dev:
         return task._replace(dev=dev)
     n = len(task.train) - min(rows, max(1, len(task.train) // 10))
@@ -184,6 +182,54 @@ def _without_leaks(task: Task, rows: int) -> Task:
             " too; add dev rows or set train.validation_leaks=true"
         )
     return task._replace(train=task.train[:n], dev=task.train[n:])
+
+
+def _clean(task: Task) -> list[dict[str, str]]:
+    """The dev rows whose text is that of no test row."""
+    # dbpedia's splits differ in line breaks alone.
+    tested = {" ".join(row["input"].split()) for row in task.test}
+    return [row for row in task.dev if " ".join(row["input"].split()) not in tested]
+
+
+def usage(found: Task, used: Task) -> dict[str, int]:
+    """Rows of each split of a task that a run uses, and what became of its leaks.
+
+    found: the task as its files have it; used: as `without_leaks` gave it, or `found`.
+    dev_in_test: dev rows in use that are test rows; dropped: those that were taken out;
+    held_out: train rows that became dev rows in their place.
+    """
+    held = len(found.train) - len(used.train)
+    return {
+        **{split: len(getattr(used, split)) for split in SPLITS},
+        "dev_in_test": len(used.dev) - len(_clean(used)),
+        "dropped": len(found.dev) - len(used.dev) + held,
+        "held_out": held,
+    }
+
+
+def remembered(run: str, name: str) -> list[dict[str, str]]:
+    """The rows that the memory of another run keeps of a task (RUN/memory/NN-TASK.jsonl).
+
+    Raises InputError if there is no such file, or for a row that cannot be used.
+    """
+    folder = pathlib.Path(run).expanduser() / "memory"
+    files = {p.stem.partition("-")[2]: p for p in sorted(folder.glob("*-*.jsonl"))}
+    if name not in files:
+        raise aim_jax.InputError(
+            f"memory.replay: {folder} has no NN-{name}.jsonl; tasks there: {_list(files)}"
+        )
+    rows = []
+    # Not splitlines: text may hold other line breaks than those between rows.
+    lines = files[name].read_text("utf-8").split("\n")
+    for i, line in enumerate(line for line in lines if line):
+        where = f"{files[name]}: row {i} (counted from 0)"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise aim_jax.InputError(f"{where}: not valid JSON: {error}") from None
+        # The run that kept it has checked that its label may be empty.
+        rows.append(_row(where, f"{name}_{i}", row, unlabelled=True))
+    return rows
 
 
 def holdout(
