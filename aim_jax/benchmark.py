@@ -42,7 +42,7 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
     watcher = methods.Method(memory=True, probe=True)
     total = run.batches.total_steps(len(task.train), cfg.train)
     ready = [
-        (run.train_batch(job, task, s)[0], run.memory_batch(job, task, [(s, 0)]))
+        (run.train_batch(job, task, s)[0], run.memory_batch(job, task, [(s, 0)])[0])
         for s in range(1, total + 1)
     ]
 

@@ -4,6 +4,7 @@ A checkpoint is a tree of arrays and a JSON of facts, written together, atomical
 the background. The base model is never part of it.
 """
 
+import copy
 import pathlib
 from typing import Any
 
@@ -24,8 +25,9 @@ def save(
     checkpointer: Checkpointer, number: int, arrays: Tree, facts: dict[str, Any]
 ) -> None:
     """Write checkpoint `number`, larger than all before; does not wait for the disk."""
+    # The caller goes on and changes the facts while they are being written.
     checkpointer.save_checkpointables_async(
-        number, {"arrays": arrays}, custom_metadata=facts
+        number, {"arrays": arrays}, custom_metadata=copy.deepcopy(facts)
     )
 
 

@@ -4,6 +4,7 @@
 let the method decide, go on from the state it gives back.
 """
 
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -47,6 +48,8 @@ class Job(NamedTuple):
 
     memory: rows kept of each task of the stream, none for a method without memory.
     usage: `tasks.usage` by task.
+    work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes` and
+    the tokens of each (`train_tokens`, ...), padding not counted; and `extra_bytes`.
     """
 
     cfg: config.Config
@@ -60,6 +63,7 @@ class Job(NamedTuple):
     method: methods.Method
     memory: list[list[batches.Row]]
     usage: dict[str, dict[str, int]]
+    work: collections.Counter[str]
 
 
 class Lesson(NamedTuple):
@@ -116,6 +120,8 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         with logs.bar(sum(counts), passed + place.step, cfg.logs.progress) as bar:
             for number in range(len(matrix), len(job.stream)):
                 place = train_task(job, number, place, seconds, bar, save)
+                held = extra_bytes(job, number, place.memo)
+                job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = evaluate_task(job, number, place.state.delta, seconds)
                 matrix.append(scores)
                 save(place)
@@ -199,6 +205,7 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         method,
         kept,
         usage,
+        collections.Counter(),
     )
 
 
@@ -232,6 +239,7 @@ def restore(
         "model": job.base.fingerprint,
         "matrix": [],
         "seconds": dict.fromkeys(("train", "evaluate", "single", "total"), 0.0),
+        "work": job.work,
     }
     saved = checkpoint.latest(checkpointer, pack(place)[0], job.devices.replicated)
     if not saved:
@@ -242,6 +250,8 @@ def restore(
             f"model.path: '{job.cfg.model.path}' has changed since {job.folder} was"
             " begun; restore it or use another --workdir"
         )
+    job.work.update(facts["work"])
+    facts["work"] = job.work
     best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
     memo = methods.Memo(arrays["memo"], methods.revive(memo.host, facts["host"]))
     place = Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
@@ -339,22 +349,25 @@ def train(
     ]
 
     def dispatch(state: steps.State, memo: methods.Memo, step: int) -> tuple:
-        batch, ids = train_batch(job, task, step)
+        batch, rows = train_batch(job, task, step)
         after, measures = job.steps.train(job.base.params, state, memo.arrays, batch)
+        work = {"steps": 1, "train_tokens": batches.tokens(rows)}
         history = None
         if probing:
-            batch = memory_batch(job, task, [(step, 0)])
+            batch, recalled = memory_batch(job, task, [(step, 0)])
             history = job.steps.probe(job.base.params, after, batch)
-        return after, measures, history, ids
+            work |= {"probes": 1, "probe_tokens": batches.tokens(recalled[0])}
+        return after, measures, history, [e.id for e in rows], work
 
     ahead = dispatch(state, memo, first + 1)
     for step in range(first + 1, total + 1):
-        state, measures, history, ids = ahead
+        state, measures, history, ids, work = ahead
         going_on = step < total
         if going_on and cfg.parallel.speculate:
             ahead = dispatch(state, memo, step + 1)
         signals = _read(step, total, measures, history)
         _check_finite(job, task, signals, ids)
+        job.work.update(work)
         record, trained, arrays = None, state, memo.arrays
         if method.after_step:
             state, memo, record = method.after_step(tools, state, memo, signals)
@@ -457,7 +470,8 @@ def single_score(job: Job, number: int, seconds: dict[str, float]) -> float:
             if "loss" in row:
                 logs.show(bar, {"loss": row["loss"]})
 
-        place = train(job, methods.Method(), alone, place, log, lambda place: None)
+        apart = job._replace(work=collections.Counter())
+        place = train(apart, methods.Method(), alone, place, log, lambda place: None)
     delta = place.state.delta
     made = predict(job, delta, task)
     score = sum(r["score"] for r in made) / len(made)
@@ -480,6 +494,7 @@ def write_results(
         "benchmark": job.cfg.data.benchmark,
         "order": job.cfg.data.order,
         "tasks": [t.name for t in job.stream],
+        "metrics": [t.metric for t in job.stream],
         "rows": job.usage,
         "seed": job.cfg.train.seed,
         "finished": finished,
@@ -490,6 +505,8 @@ def write_results(
         "single": single,
         "versions": versions(),
         "model": job.base.fingerprint,
+        "parameters": sum(x.size for x in jax.tree.leaves(job.base.params)),
+        "work": dict(job.work),
         "config_sha256": config.sha256(job.cfg),
         "seconds": {k: round(v, 3) for k, v in facts["seconds"].items()},
     }
@@ -507,6 +524,18 @@ def versions() -> dict[str, str]:
         **found,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+
+
+def extra_bytes(job: Job, number: int, memo: methods.Memo) -> int:
+    """Bytes a method keeps after task `number`, beside the adapter and its optimizer.
+
+    Its arrays, and the text of the rows that its memory has by then.
+    """
+    rows = (row for kept in job.memory[: number + 1] for row in kept)
+    text = sum(
+        len(row[field].encode()) for row in rows for field in ("input", "output")
+    )
+    return text + sum(x.nbytes for x in jax.tree.leaves(memo.arrays))
 
 
 def _key(cfg: config.Config, task: tasks.Task) -> tuple[int, int]:
@@ -532,8 +561,10 @@ def _listed(job: Job, scores: list[float]) -> str:
     return ", ".join(f"{task.name} {100 * score:.1f}" for task, score in named)
 
 
-def train_batch(job: Job, task: Lesson, step: int) -> tuple[Tree, list[str]]:
-    """The batch of a step on its devices, and the ids of its rows."""
+def train_batch(
+    job: Job, task: Lesson, step: int
+) -> tuple[Tree, list[batches.Example]]:
+    """The batch of a step on its devices, and its rows."""
     cfg = job.cfg.train
     chosen = [
         [task.train[i] for i in rows]
@@ -541,11 +572,16 @@ def train_batch(job: Job, task: Lesson, step: int) -> tuple[Tree, list[str]]:
     ]
     rows = cfg.micro_batch_size or cfg.batch_size
     batch = batches.collate(job.text, chosen, rows, cfg.average)
-    return parallel.place(batch, job.devices), [e.id for m in chosen for e in m]
+    return parallel.place(batch, job.devices), [e for m in chosen for e in m]
 
 
-def memory_batch(job: Job, task: Lesson, places: Sequence[tuple[int, int]]) -> Tree:
-    """Memory batches for (step, number) pairs: number 0 probes, others rehearse."""
+def memory_batch(
+    job: Job, task: Lesson, places: Sequence[tuple[int, int]]
+) -> tuple[Tree, list[list[batches.Example]]]:
+    """Memory batches for (step, number) pairs, and their rows.
+
+    Number 0 probes, others rehearse.
+    """
     cfg = job.cfg
     chosen = [
         [
@@ -560,7 +596,7 @@ def memory_batch(job: Job, task: Lesson, places: Sequence[tuple[int, int]]) -> T
     if getattr(cfg.method, "loss_scale", None) == "accumulation":
         micro = cfg.train.micro_batch_size or cfg.train.batch_size
         batch["weights"] /= cfg.train.batch_size // micro
-    return parallel.place(batch, job.devices)
+    return parallel.place(batch, job.devices), chosen
 
 
 def _tools(job: Job, task: Lesson) -> methods.Tools:
@@ -574,10 +610,11 @@ def _tools(job: Job, task: Lesson) -> methods.Tools:
             size = min(CHUNK, count + 1 - first)
             # A chunk is always full, so that every one has the same shape.
             places = [(step, first + i % size) for i in range(CHUNK)]
-            state, values = job.steps.rehearse(
-                job.base.params, state, memory_batch(job, task, places), size
-            )
+            batch, rows = memory_batch(job, task, places)
+            state, values = job.steps.rehearse(job.base.params, state, batch, size)
             losses.append((values, size))
+            tokens = sum(map(batches.tokens, rows[:size]))
+            job.work.update(rehearsal_steps=size, rehearsal_tokens=tokens)
         return state, [float(v) for values, n in losses for v in values[:n]]
 
     return methods.Tools(rehearse, fusion.fuse)

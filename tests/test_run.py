@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import aim_jax
 from aim_jax import checkpoint, config, logs, methods, run
-from aim_jax.data import synthetic
+from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential
 
 TASKS = synthetic.STREAM[:3]
@@ -133,6 +133,7 @@ def test_a_stopped_run_ends_as_the_unbroken_one(
     # It went on from the checkpoint before the stop, not from the start.
     assert len(seen) - before == 36 - (12 * task + (step - 1) // 5 * 5)
     assert results["matrix"] == whole[1]["matrix"]
+    assert results["work"] == whole[1]["work"]
     for name in (logs.METRICS, logs.MERGES):
         assert rows(folder, name) == rows(whole[0], name)
     for number in range(3):
@@ -202,6 +203,33 @@ def test_results_tell_which_rows_were_used(whole):
         }
         for name in TASKS
     }
+
+
+def test_results_tell_what_training_took(whole):
+    folder, results = whole
+    work = results["work"]
+    steps = [r for r in rows(folder, logs.METRICS) if "loss" in r]
+    merges = rows(folder, logs.MERGES)
+    assert work["steps"] == len(steps) == 36
+    assert work["probes"] == sum(r["history"] is not None for r in steps) == 24
+    assert work["rehearsal_steps"] == sum(r["rehearsal"] for r in merges) > 0
+    # Every row is read once an epoch, and there are two.
+    text = run.prepare(make(), folder.parent / "unused").text
+    read = [
+        batches.tokens(batches.encode(text, synthetic.task(n, 0, *SIZES)["train"][:24]))
+        for n in TASKS
+    ]
+    assert work["train_tokens"] == 2 * sum(read)
+    kept = [r for p in (folder / "memory").iterdir() for r in rows(p.parent, p.name)]
+    sizes = [batches.tokens([e]) for e in batches.encode(text, kept)]
+    for kind in ("probe", "rehearsal"):  # four rows a batch
+        count = work["probes" if kind == "probe" else "rehearsal_steps"]
+        assert min(sizes) * 4 <= work[f"{kind}_tokens"] / count <= max(sizes) * 4
+    # The origin of the next merge, float32, and the rows kept.
+    held = sum(4 * x.size for x in adapter(folder, 2).values())
+    held += sum(len((r["input"] + r["output"]).encode()) for r in kept)
+    assert work["extra_bytes"] == held
+    assert results["metrics"] == ["exact"] * 3
 
 
 def test_compilations_are_bounded_by_length_buckets(tmp_path):

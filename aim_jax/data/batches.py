@@ -6,7 +6,7 @@ drawn before: a resumed or repeated step sees the same rows.
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,11 @@ def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Examp
             Example(row["id"], np.array(source, np.int32), np.array(target, np.int32))
         )
     return examples
+
+
+def tokens(examples: Iterable[Example]) -> int:
+    """Tokens of inputs and targets, padding not counted."""
+    return sum(len(e.inputs) + len(e.targets) for e in examples)
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
