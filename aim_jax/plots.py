@@ -48,10 +48,15 @@ def score_matrix(title: str, run: records.Run) -> str:
     return svg.heatmap(title, run.matrix, rows, run.names, note, below)
 
 
-def task_curve(groups: Sequence[tuple[str, Sequence[records.Run]]], first: bool) -> str:
+def task_curve(
+    groups: Sequence[tuple[str, Sequence[records.Run]]],
+    first: bool,
+    quoted: Sequence[tuple[str, Sequence[float]]] = (),
+) -> str:
     """Score on the first task, or the mean over the tasks so far, along one stream.
 
     groups: (label, runs); the runs of a group share colour and dash.
+    quoted: (label, values in percent) of curves that no run here made.
     """
     names = groups[0][1][0].names
     series = []
@@ -66,6 +71,9 @@ def task_curve(groups: Sequence[tuple[str, Sequence[records.Run]]], first: bool)
                 label if k == 0 else "", places, percent, i, dash=i % 2 > 0
             )
             series += [line, line._replace(label="", kind="dots", tips=tips)]
+    for i, (label, values) in enumerate(quoted, len(groups)):
+        places = range(1, len(values) + 1)
+        series.append(svg.Series(label, places, values, i, dash=True, weight="thin"))
     room = int(400 / len(names) / svg.LETTER) - 1
     ticks = [
         (i + 1, svg.short(n, room) if room >= 8 else str(i + 1))

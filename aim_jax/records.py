@@ -64,13 +64,30 @@ class Run:
         return (scores + [None] * len(self.names))[: len(self.names)] if scores else []
 
     @property
-    def minutes(self) -> float | None:
-        seconds = (self.results.get("seconds") or {}).get("total")
-        return None if seconds is None else seconds / 60
+    def figures(self) -> dict[str, float | None]:
+        """What a run is judged by: scores in [0, 1], minutes and the rest of its cost.
 
-    @property
-    def merges(self) -> int:
-        return sum(len(t.merges) for t in self.tasks)
+        tokens_per_second: of the tasks' own batches, over all the time spent in training.
+        token_passes: tokens trained on, each probed one as half: without weight gradients
+        of the base a training step computes twice what a forward pass does.
+        """
+        seconds, work = (self.results.get(k) or {} for k in ("seconds", "work"))
+        trained = work.get("train_tokens")
+        figures = {k: self.results.get(k) for k in ("op", "fwt", "bwt")}
+        figures["minutes"] = seconds["total"] / 60 if "total" in seconds else None
+        figures["merges"] = sum(len(t.merges) for t in self.tasks)
+        names = ("steps", "rehearsal_steps", "probes", "extra_bytes", "train_tokens")
+        # A kind of work that never happened is not counted.
+        figures |= {k: work.get(k, 0) if work else None for k in names}
+        figures["tokens_per_second"] = figures["token_passes"] = None
+        if trained and seconds.get("train"):
+            figures["tokens_per_second"] = trained / seconds["train"]
+        if trained:
+            probed, rehearsed = (
+                work.get(f"{k}_tokens", 0) for k in ("probe", "rehearsal")
+            )
+            figures["token_passes"] = trained + rehearsed + probed / 2
+        return figures
 
     @property
     def stream(self) -> str:
@@ -202,9 +219,16 @@ _RESULTS: dict[str, _Kind] = {
         lambda v: isinstance(v, list) and all(map(_is_scores, v)),
     ),
     "single": ("a list of scores", _is_scores),
-    "seconds": (
-        "an object of numbers",
-        lambda v: isinstance(v, dict) and _is_scores(list(v.values())),
+    **dict.fromkeys(
+        ("seconds", "work"),
+        (
+            "an object of numbers",
+            lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
+        ),
+    ),
+    "rows": (
+        "an object of objects",
+        lambda v: isinstance(v, dict) and all(isinstance(x, dict) for x in v.values()),
     ),
     "versions": ("an object", lambda v: isinstance(v, dict)),
     **dict.fromkeys(("op", "bwt", "fwt"), _NUMBER),

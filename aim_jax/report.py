@@ -23,21 +23,35 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, plots, records, svg
+from aim_jax import config, plots, published, records, svg
 
 PREDICTIONS = 50  # rows shown of a task
 LETTERS = 400  # shown of an input
 WHOLE = 3  # values of a list shown in full
 NAMED = 3  # settings that tell groups of one method apart
 OPEN = 2  # runs whose sections are open at first
+QUOTED = 8  # published results shown at first
 SEEDS = ("train.seed", "data.seed")
+SCORES = ("op", "fwt", "bwt")
+LIMITS = ("data.limit_train", "data.limit_dev", "data.limit_test")
 NONE = "\N{EN DASH}"
 
 _LEGEND = (
     "OP: mean score over all tasks after the last one. BWT: what earlier tasks gained"
     " (lost, if negative) since they were learnt. FWT: what a task scores when just learnt,"
     " less its score when trained alone. Runs that differ only in seed share a row: mean"
-    f" \N{PLUS-MINUS SIGN} sample standard deviation. {NONE}: not known (yet)."
+    f" \N{PLUS-MINUS SIGN} sample standard deviation. {NONE}: not known (yet). Best OP first."
+)
+_COSTS = (
+    "Means over seeds. Probes: losses on a memory batch. Extra memory: what a method keeps"
+    " beside the adapter and its optimizer (arrays, and the text of remembered rows). Extra"
+    " FLOPs: by tokens without padding, a probed one as half a trained one, beyond what"
+    " the cheapest run on the same stream trains on. Tokens/s: of the tasks' own batches"
+    " over all of training, with rehearsal, probes, validation and compilation."
+)
+_PUBLISHED = (
+    "Confidence: direct, read in the source; secondary, in a transcription of it; derived,"
+    " computed from its numbers. Other data, epochs and seeds than here, unless noted."
 )
 _STYLE = """
 * { box-sizing: border-box }
@@ -115,11 +129,16 @@ class Stat(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Text in cells; the first `left` columns hold words, the others numbers."""
+    """Text in cells; the first `left` and last `right` columns hold words, others numbers."""
 
     head: list[str]
     rows: list[list[str]]
     left: int = 1
+    right: int = 0
+
+    def numbers(self) -> range:
+        """Places of the columns that hold numbers."""
+        return range(self.left, len(self.head) - self.right)
 
 
 def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
@@ -179,48 +198,115 @@ def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [p for p in paths if len({json.dumps(s.get(p)) for s in settings}) > 1]
 
 
-def stat(runs: Sequence[records.Run], field: str) -> Stat | None:
-    """Mean and sample standard deviation of a field of results.json, or of a property.
+def stat(runs: Sequence[records.Run], figure: str) -> Stat | None:
+    """Mean and sample standard deviation of one of the `figures` of runs.
 
-    Only finished runs count, if there are any; None if nobody knows the field.
+    Only finished runs count, if there are any; None if nobody knows the figure.
     """
     done = [r for r in runs if r.finished] or runs
-    own = field in ("minutes", "merges")
-    values = [getattr(r, field) if own else r.results.get(field) for r in done]
-    known = [v for v in values if v is not None]
+    known = [v for r in done if (v := r.figures[figure]) is not None]
     if not known:
         return None
     std = statistics.stdev(known) if len(known) > 1 else None
     return Stat(statistics.fmean(known), std, len(known))
 
 
+def ranked(groups: Sequence[Group]) -> list[Group]:
+    """`groups` by their mean OP, best first; those without one come last."""
+
+    def rank(group: Group) -> float:
+        value = stat(group.runs, "op")
+        return -math.inf if value is None else value.mean
+
+    return sorted(groups, key=rank, reverse=True)
+
+
 def results_table(groups: Sequence[Group]) -> Table:
     """A row a group: scores in percent as mean and deviation over its seeds, and costs."""
-    head = ["method", "OP %", "FWT %", "BWT %", "minutes", "merges", "runs"]
+    head = ["method", "OP %", "FWT %", "BWT %", "minutes", "tokens/s", "merges", "runs"]
     rows = []
-    for label, runs in groups:
-        minutes, merges = stat(runs, "minutes"), stat(runs, "merges")
+    for label, runs in ranked(groups):
         left = sum(not r.finished for r in runs)
         rows.append(
             [label]
-            + [_percent(runs, k) for k in ("op", "fwt", "bwt")]
-            + [f"{minutes.mean:.1f}" if minutes else NONE]
-            + [f"{merges.mean:.1f}".removesuffix(".0")]
+            + [_percent(runs, k) for k in SCORES]
+            + [_mean(runs, "minutes", ".1f"), _mean(runs, "tokens_per_second")]
+            + [_mean(runs, "merges", ".1f").removesuffix(".0")]
             + [f"{len(runs)}" + (f", {left} unfinished" if left else "")]
         )
     return Table(head, rows)
 
 
+def costs_table(groups: Sequence[Group]) -> Table | None:
+    """A row a group, best OP first: what its scores took. None if no run knows that."""
+    head = ["rank", "method", "OP %", "FWT %", "BWT %", "optimizer steps"]
+    head += ["rehearsal steps", "probes", "extra memory", "extra FLOPs", "minutes"]
+    rows = []
+    for number, (label, runs) in enumerate(ranked(groups), 1):
+        memory, extra = stat(runs, "extra_bytes"), extra_flops(runs, groups)
+        rows.append(
+            [str(number), label]
+            + [_percent(runs, k) for k in SCORES]
+            + [_mean(runs, k) for k in ("steps", "rehearsal_steps", "probes")]
+            + [NONE if memory is None else _size(memory.mean)]
+            + [NONE if extra is None else f"{100 * extra:.0f} %"]
+            + [_mean(runs, "minutes", ".1f")]
+        )
+    known = any(stat(g.runs, "steps") for g in groups)
+    return Table(head, rows, left=2) if known else None
+
+
+def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float | None:
+    """Computation of `runs` beyond the cheapest training on their stream, as part of it."""
+    own = stat(runs, "token_passes")
+    alike = [g.runs for g in groups if g.runs[0].names == runs[0].names]
+    trained = [s.mean for r in alike if (s := stat(r, "train_tokens"))]
+    return own.mean / min(trained) - 1 if own and any(trained) else None
+
+
 def runs_table(groups: Sequence[Group]) -> Table:
     """A row a run."""
-    head = ["run", "folder", "state", "OP %", "FWT %", "BWT %", "minutes", "merges"]
+    head = ["run", "folder", "state", "OP %", "FWT %", "BWT %", "minutes", "tokens/s"]
     rows = [
         [name, str(run.path), run.progress]
-        + [_percent([run], k) for k in ("op", "fwt", "bwt")]
-        + [NONE if run.minutes is None else f"{run.minutes:.1f}", str(run.merges)]
+        + [_percent([run], k) for k in SCORES]
+        + [_mean([run], "minutes", ".1f"), _mean([run], "tokens_per_second")]
         for name, run in named(groups)
     ]
     return Table(head, rows, left=3)
+
+
+def published_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """A row an entry of configs/published.json, each with its source and confidence."""
+    head = ["method", "model", "OP %", "FWT %", "BWT %"]
+    rows = [
+        [e["method"], e["model"]]
+        + [NONE if e[k] is None else f"{e[k]:.1f}" for k in SCORES]
+        + [str(e["order"] or "mean"), e["source"], e["confidence"], e["note"]]
+        for e in entries
+    ]
+    return Table([*head, "order", "source", "confidence", "note"], rows, 2, right=4)
+
+
+def limits(runs: Sequence[records.Run]) -> str:
+    """What keeps `runs` from being whole runs of their benchmark; empty if nothing does."""
+    found = {
+        f"{path}={run.settings[path]}"
+        for run in runs
+        for path in LIMITS
+        if run.settings.get(path) is not None
+    }
+    return ", ".join(sorted(found))
+
+
+def data_table(run: records.Run) -> Table | None:
+    """Rows of each task that a run used, and what became of its leaks."""
+    used = run.results.get("rows")
+    if not used:
+        return None
+    fields = list(next(iter(used.values())))
+    rows = [[name, *(str(v.get(f, NONE)) for f in fields)] for name, v in used.items()]
+    return Table(["task", *(f.replace("_", " ") for f in fields)], rows)
 
 
 def matrix_table(run: records.Run) -> Table:
@@ -254,26 +340,36 @@ def to_json(groups: Sequence[Group]) -> dict[str, Any]:
         row: dict[str, Any] = {"label": label, "method": runs[0].method}
         row |= {"n": len(runs), "unfinished": sum(not r.finished for r in runs)}
         row["seeds"] = [r.seed for r in runs]
-        for key in ("op", "fwt", "bwt", "minutes", "merges"):
+        for key in runs[0].figures:
             value = stat(runs, key)
             row[key] = value._asdict() if value else None
-        summary.append(row)
-    known = ("op", "fwt", "bwt", "single", "seconds", "versions", "config_sha256")
+        summary.append(row | {"extra_flops": extra_flops(runs, groups)})
+    known = ("single", "rows", "work", "seconds", "versions", "config_sha256")
     detail = [
         {"name": name, "folder": str(run.path), "method": run.method, "seed": run.seed}
         | {"stream": run.stream, "tasks": run.names, "date": run.date}
         | {"finished": run.finished, "state": run.progress, "notes": run.notes}
-        | {"minutes": run.minutes, "merges": run.merges, "matrix": run.matrix}
+        | run.figures
+        | {"matrix": run.matrix}
         | {key: run.results.get(key) for key in known}
         | {"config": run.settings, "command": command(run)}
         for name, run in named(groups)
     ]
-    return _plain({"summary": summary, "runs": detail})
+    matches = published.matching(run for g in groups for run in g.runs)
+    return _plain({"summary": summary, "published": matches, "runs": detail})
 
 
 def markdown(groups: Sequence[Group]) -> str:
     """The tables of the page as Markdown."""
+    runs = [run for g in groups for run in g.runs]
     parts = ["# Runs", _markdown(results_table(groups)), _LEGEND]
+    costs, matches = costs_table(groups), published.matching(runs)
+    if costs:
+        parts += ["## Costs", _markdown(costs), _COSTS]
+    if matches:
+        parts += ["## Published", _markdown(published_table(matches)), _PUBLISHED]
+    if published_note(runs):
+        parts.append(published_note(runs))
     if sum(len(g.runs) for g in groups) > len(groups):
         parts += ["## Each run", _markdown(runs_table(groups))]
     for name, run in named(groups):
@@ -282,7 +378,23 @@ def markdown(groups: Sequence[Group]) -> str:
         parts += [f"## {_cell(name)}{state}", "\n".join(map(_cell, facts))]
         parts += [f"```sh\n{command(run)}\n```"] if command(run) else []
         parts += [_markdown(matrix_table(run))] if run.matrix else []
+        data = data_table(run)
+        parts += ["Rows used:", _markdown(data)] if data else []
     return "\n\n".join(parts) + "\n"
+
+
+def published_note(runs: Sequence[records.Run]) -> str:
+    """What to know before comparing with published numbers; empty if there are none."""
+    matches = published.matching(runs)
+    others = {e["model"] for run in runs for e in published.same_benchmark(run)}
+    if not matches and others:
+        names = {pathlib.PurePath(r.settings["model.path"]).name for r in runs}
+        return (
+            f"No number is published for this benchmark and {', '.join(sorted(names))};"
+            f" there are some for {', '.join(sorted(others))}."
+        )
+    limited = limits(runs) if matches else ""
+    return f"Runs on this page are limited: {limited}." if limited else ""
 
 
 def command(run: records.Run) -> str | None:
@@ -322,6 +434,11 @@ def page(groups: Sequence[Group]) -> str:
         parts.append(f"<nav>Runs: {' '.join(links)}</nav>")
     parts.append(f"</header><h2>Results</h2>{_html(results_table(groups))}")
     parts.append(f'<p class="note">{_e(_LEGEND)}</p>')
+    costs = costs_table(groups)
+    if costs:
+        parts.append(f"<h2>Costs</h2>{_html(costs)}")
+        parts.append(f'<p class="note">{_e(_COSTS)}</p>')
+    parts += _published([run for _, run in runs])
     if len(runs) > len(groups):
         parts.append(_details("Each run", _html(runs_table(groups))))
     if varied([r.settings for _, r in runs]):
@@ -333,7 +450,13 @@ def page(groups: Sequence[Group]) -> str:
             for label, members in groups
         ]
         alike = [(label, members) for label, members in alike if members]
-        curves += [plots.task_curve(alike, first=f) for f in (True, False)]
+        quoted = [
+            (f"{e['method']}, published", e["first_task"])
+            for e in published.matching(run for _, members in alike for run in members)
+            if "first_task" in e
+        ]
+        curves.append(plots.task_curve(alike, first=True, quoted=quoted))
+        curves.append(plots.task_curve(alike, first=False))
     if curves:
         parts.append(f"<h2>Scores over the stream</h2>{_grid(curves)}")
     maps = [plots.score_matrix(n, r) for n, r in runs if r.matrix]
@@ -342,6 +465,22 @@ def page(groups: Sequence[Group]) -> str:
     for i, (name, run) in enumerate(runs, 1):
         parts.append(_run_section(i, name, run, opened=len(runs) <= OPEN))
     return _PAGE.format(title=_e(title), style=svg.CSS + _STYLE, body="\n".join(parts))
+
+
+def _published(runs: Sequence[records.Run]) -> list[str]:
+    """The published results that match `runs`, the first of them in sight."""
+    table, note = published_table(published.matching(runs)), published_note(runs)
+    parts = []
+    if table.rows:
+        first = table._replace(rows=table.rows[:QUOTED])
+        rest = table._replace(rows=table.rows[QUOTED:])
+        parts.append(f"<h2>Published results</h2>{_html(first)}")
+        if rest.rows:
+            parts.append(_details(f"{len(rest.rows)} more", _html(rest)))
+        parts.append(f'<p class="note">{_e(_PUBLISHED)}</p>')
+    if note:
+        parts.append(f'<p class="note">{_e(note)}</p>')
+    return parts
 
 
 def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
@@ -372,12 +511,16 @@ def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
         ("Config", run.settings),
         ("Versions", run.results.get("versions")),
         ("Seconds", run.results.get("seconds")),
+        ("Work", run.results.get("work")),
     ):
         if values:
             rows = [[k, json.dumps(v)] for k, v in values.items()]
             parts.append(
                 _details(title, _html(Table(["field", "value"], rows, left=2)))
             )
+    data = data_table(run)
+    if data:
+        parts.append(_details("Data", _html(data)))
     tag = "" if run.finished else f' <span class="tag">{_e(run.progress)}</span>'
     summary = f"<summary><h2>{_e(name)}{tag}</h2></summary>"
     state = " open" if opened else ""
@@ -437,9 +580,22 @@ def _facts(run: records.Run) -> list[tuple[str, str]]:
         ("stream", f"{run.stream}: {', '.join(run.names)}"),
         ("seed", "unknown" if run.seed is None else str(run.seed)),
         ("model", str(run.settings.get("model.path", "unknown"))),
+        ("data", _data(run)),
         ("files", f"{run.path}, {run.date}"),
         ("command", command(run) or "unknown: there is no config.json"),
     ]
+
+
+def _data(run: records.Run) -> str:
+    """Rows a run used, and its leaks, in one line."""
+    used = list((run.results.get("rows") or {}).values())
+    if not used:
+        return "unknown"
+    total = {k: sum(rows.get(k, 0) for rows in used) for k in used[0]}
+    sizes = " / ".join(f"{total.get(s, 0)} {s}" for s in ("train", "dev", "test"))
+    text = f"{sizes} rows; {total.get('dropped', 0)} dropped because of leaks"
+    text += f", {total.get('dev_in_test', 0)} dev rows in use are test rows"
+    return f"{text}; limits: {limits([run])}" if limits([run]) else text
 
 
 def _html(table: Table) -> str:
@@ -447,7 +603,7 @@ def _html(table: Table) -> str:
     rows = []
     for tag, cells in [("th", table.head), *(("td", row) for row in table.rows)]:
         line = (
-            f"<{tag}{' class=n' if i >= table.left else ''}>{_e(c)}</{tag}>"
+            f"<{tag}{' class=n' if i in table.numbers() else ''}>{_e(c)}</{tag}>"
             for i, c in enumerate(cells)
         )
         rows.append(f"<tr>{''.join(line)}</tr>")
@@ -459,7 +615,7 @@ def _html(table: Table) -> str:
 
 
 def _markdown(table: Table) -> str:
-    rule = ["---" if i < table.left else "---:" for i in range(len(table.head))]
+    rule = ["---:" if i in table.numbers() else "---" for i in range(len(table.head))]
     rows = [table.head, rule, *table.rows]
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
 
@@ -498,6 +654,18 @@ def _percent(runs: Sequence[records.Run], field: str) -> str:
         text += f" \N{PLUS-MINUS SIGN} {100 * value.std:.1f}"
     text += "" if value.n == len(runs) else f" (n={value.n})"
     return text if any(r.finished for r in runs) else f"{text} so far"
+
+
+def _mean(runs: Sequence[records.Run], figure: str, form: str = ".0f") -> str:
+    value = stat(runs, figure)
+    return NONE if value is None else f"{value.mean:{form}}"
+
+
+def _size(count: float) -> str:
+    """A number of bytes in decimal units."""
+    power = min(3, int(math.log10(max(count, 1)) // 3))
+    number = f"{count / 1000**power:.{min(power, 1)}f}"
+    return f"{number} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 def _score(value: float | None) -> str:

@@ -37,6 +37,7 @@ svg.plot .grid { stroke: var(--rule); stroke-width: 1 }
 svg.plot .mark { stroke: var(--soft); stroke-width: 1; opacity: .75 }
 svg.plot .line { fill: none; stroke: var(--c); stroke-width: 1.7;
   stroke-linejoin: round; stroke-linecap: round }
+svg.plot .thin { stroke-width: 1.2; stroke-dasharray: 1.5 3 }
 svg.plot .faint { stroke-width: 1; opacity: .4 } svg.plot .bold { stroke-width: 2.8 }
 svg.plot .dash { stroke-dasharray: 5 3.5; stroke-linecap: butt }
 svg.plot .dot { fill: var(--c); stroke: var(--page); stroke-width: 1 }
@@ -51,7 +52,7 @@ LETTER = 6.8  # width of an average letter of 11 px, on the generous side
 class Series(NamedTuple):
     """One line (`line`), staircase (`step`: a level a point) or point cloud (`dots`).
 
-    None and non-finite values are gaps. `weight` is `bold`, or `faint` for background that
+    None and non-finite values are gaps. `weight` is `bold`, `thin`, or `faint` for background that
     stays out of the legend; `right` puts it on the right axis; `tips` are tooltips of dots.
     """
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from aim_jax import methods, published
 from aim_jax.data import tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,6 +51,38 @@ def test_every_entry_has_a_number_and_every_number_is_a_percentage():
 def test_no_entry_is_there_twice():
     keys = [tuple(e[f] for f in FIELDS if f not in SCORES) for e in ENTRIES]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("google-t5/t5-large", "T5-large"),
+        ("/models/Qwen3-0.6B/", "Qwen3-0.6B"),
+        ("meta-llama/Llama-2-7b-chat-hf", "LLaMA2-7B-chat"),
+        ("meta-llama/Llama-3.1-8B", "LLaMA3.1-8B"),
+        ("meta-llama/Meta-Llama-3.1-8B", "LLaMA3.1-8B"),
+    ],
+)
+def test_models_are_known_by_the_names_of_their_folders(path, name):
+    assert name in {e["model"] for e in ENTRIES}
+    assert published.model(path) == published.model(name)
+
+
+def test_models_that_are_not_the_same_are_kept_apart():
+    different = ["t5-large", "t5-v1_1-large", "flan-t5-large", "t5-base"]
+    different += [
+        "Llama-2-7b-hf",
+        "Llama-2-7b-chat-hf",
+        "Qwen3-0.6B-Base",
+        "Qwen3-0.6B",
+    ]
+    assert len({published.model(p) for p in different}) == len(different)
+
+
+def test_methods_of_this_package_have_names_that_papers_use():
+    assert {"aim", "sequential"} <= set(methods.names()) & set(published.NAMES)
+    known = {e["method"] for e in ENTRIES}
+    assert {n for names in published.NAMES.values() for n in names} <= known
 
 
 @notes

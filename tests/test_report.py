@@ -60,6 +60,14 @@ def make_run(folder, method="aim", seed=42, shift=0.0, cfg=None, steps=40):
     results |= {"op": statistics.fmean(matrix[2]), "bwt": -0.15, "fwt": 0.0866 + shift}
     results |= {"versions": {"jax": "0.10.2"}, "config_sha256": "0" * 64}
     results |= {"seconds": {"train": 90.0, "total": 126.0}}
+    results["work"] = {"steps": 3 * steps, "train_tokens": 9000, "extra_bytes": 0}
+    if method == "aim":
+        results["work"] |= {"rehearsal_steps": 32, "rehearsal_tokens": 2400}
+        results["work"] |= {"probes": 80, "probe_tokens": 6000, "extra_bytes": 65536}
+    results["rows"] = {
+        name: {"train": 100 * (i + 1), "dev": 10, "test": 20, "dropped": i}
+        for i, name in enumerate(TASKS)
+    }
     folder.mkdir(parents=True)
     write_json(folder / "config.json", settings)
     write_json(folder / "results.json", results)
@@ -141,7 +149,7 @@ def test_table_shows_the_numbers_of_results(tmp_path):
     head, row = page(tmp_path / "out.html").tables[0]
     percent = [f"{100 * results[k]:.1f}" for k in ("op", "fwt", "bwt")]
     assert head[:4] == ["method", "OP %", "FWT %", "BWT %"]
-    assert row == ["aim", *percent, "2.1", "4", "1"]
+    assert row == ["aim", *percent, "2.1", "100", "4", "1"]
 
 
 def test_seeds_share_a_row_with_mean_and_deviation(tmp_path, runs):
@@ -155,7 +163,7 @@ def test_seeds_share_a_row_with_mean_and_deviation(tmp_path, runs):
     assert [row[0] for row in tables[0]] == ["method", "aim", "sequential"]
     assert tables[0][1][1] == f"{mean:.1f} ± {std:.1f}"
     assert tables[0][1][-1] == "2"
-    assert [row[0] for row in tables[1][1:]] == [
+    assert [row[0] for row in tables[2][1:]] == [
         "aim, seed 1",
         "aim, seed 2",
         "sequential, seed 1",
@@ -182,6 +190,104 @@ def test_unfinished_run_does_not_blur_the_mean_of_its_group(tmp_path):
     op = json.loads((tmp_path / "a" / "results.json").read_text())["op"]
     assert row[1] == f"{100 * op:.1f} (n=1)"
     assert row[-1] == "2, 1 unfinished"
+
+
+def test_costs_are_ranked_by_op(tmp_path, runs):
+    for seed in (1, 2):
+        edit_results(runs / f"sequential-{seed}", op=0.9)
+    report.write([runs], tmp_path / "out.html")
+    results, costs = page(tmp_path / "out.html").tables[:2]
+    assert [row[0] for row in results[1:]] == ["sequential", "aim"]
+    assert costs[0][:2] == ["rank", "method"]
+    assert [r[:3] for r in costs[1:]] == [
+        ["1", "sequential", "90.0 ± 0.0"],
+        ["2", "aim", results[2][1]],
+    ]
+    # 2400 rehearsed and half of 6000 probed tokens beyond the 9000 that sequential reads.
+    assert [r[5:] for r in costs[1:]] == [
+        ["120", "0", "0", "0 B", "0 %", "2.1"],
+        ["120", "32", "80", "65.5 kB", "60 %", "2.1"],
+    ]
+    twin = json.loads((tmp_path / "out.json").read_text())
+    assert [row["extra_flops"] for row in twin["summary"]] == [
+        pytest.approx(0.6),
+        0.0,
+    ]
+    assert "| 1 | sequential | 90.0" in (tmp_path / "out.md").read_text()
+
+
+def test_run_that_did_not_count_its_work_has_no_costs(tmp_path):
+    run = make_run(tmp_path / "run")
+    edit_results(run, work=None)
+    report.write([run], tmp_path / "out.html")
+    assert "Costs" not in page(tmp_path / "out.html").text
+    assert page(tmp_path / "out.html").tables[0][1][5] == report.NONE
+
+
+def published_run(folder, path, benchmark="long_sequence", order=1, **data):
+    data = config.Data(benchmark=benchmark, order=order, **data)
+    return make_run(
+        folder, cfg=config.Config(config.Model(path=path), data=data), steps=2
+    )
+
+
+def test_published_numbers_stand_beside_runs_of_their_benchmark_and_model(tmp_path):
+    run = published_run(tmp_path / "run", "some/where/t5-large")
+    report.write([run], tmp_path / "out.html")
+    parsed = page(tmp_path / "out.html")
+    shown, more = [t for t in parsed.tables if "confidence" in t[0]]
+    assert shown[0] == [
+        *("method", "model", "OP %", "FWT %", "BWT %"),
+        *("order", "source", "confidence", "note"),
+    ]
+    rows = shown[1:] + more[1:]
+    assert len(shown) == 1 + report.QUOTED and len(rows) == 32 + 44
+    assert rows[0][0] == "AimMerging"
+    for row in rows:
+        assert row[1] == "T5-large" and row[5] in ("1", "mean")
+        assert row[6] and row[7] in ("direct", "secondary", "derived")
+    twin = json.loads((tmp_path / "out.json").read_text())
+    assert [e["method"] for e in twin["published"]] == [row[0] for row in rows]
+    assert "AimMerging, arXiv 2509.17348" in (tmp_path / "out.md").read_text()
+
+
+def test_published_numbers_of_other_models_are_only_named(tmp_path):
+    run = published_run(tmp_path / "run", "embedded", "superni", 7)
+    report.write([run], tmp_path / "out.html")
+    text = page(tmp_path / "out.html").text
+    assert "No number is published for this benchmark and embedded; there are" in text
+    assert "Qwen3-0.6B" in text and "confidence" not in text.lower()
+
+
+def test_a_limited_run_says_so_beside_published_numbers(tmp_path):
+    run = published_run(tmp_path / "run", "t5-large", limit_train=100)
+    report.write([run], tmp_path / "out.html")
+    assert "limited: data.limit_train=100" in page(tmp_path / "out.html").text
+
+
+def test_published_curves_join_those_of_runs(tmp_path):
+    run = records.load(make_run(tmp_path / "run"))
+    curve = plots.task_curve(
+        [("aim", [run])], True, [("theirs, published", [90, 8, 7])]
+    )
+    tree = xml.etree.ElementTree.fromstring(curve)
+    assert ">theirs, published<" in curve
+    thin = [x for x in tree.iter("path") if "thin" in x.get("class").split()]
+    assert len(thin) == 1 and thin[0].get("d").count(" ") >= 3
+
+
+def test_rows_used_and_leaks_dropped_are_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    report.write([run], tmp_path / "out.html")
+    parsed = page(tmp_path / "out.html")
+    assert (
+        "600 train / 30 dev / 60 test rows; 3 dropped because of leaks" in parsed.text
+    )
+    (table,) = [t for t in parsed.tables if t[0][:2] == ["task", "train"]]
+    assert table[1:] == [
+        [name, str(100 * (i + 1)), "10", "20", str(i)] for i, name in enumerate(TASKS)
+    ]
+    assert "| entailment | 300 | 10 | 20 | 2 |" in (tmp_path / "out.md").read_text()
 
 
 def test_heat_map_has_every_cell(tmp_path):
