@@ -6,9 +6,12 @@ its slice. Pickle files are never opened.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import pathlib
 import re
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,6 +27,8 @@ from aim_jax import config, lora, models
 ASSETS = pathlib.Path(aim_jax.__file__).parent / "assets"
 # What a model directory of the hub is read for: config, tokenizer, weights.
 FILES = ["*.json", "*.model", "*.txt", "*.jinja", "model*.safetensors"]
+# Elements of a tensor that are read at once; only a row that is longer exceeds it.
+PIECE = 2**23
 # Fields of a PEFT config that are ours, or that change no number.
 PEFT_KNOWN = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
 PEFT_INERT = {
@@ -106,10 +111,9 @@ def load(cfg: config.Model, sharding: jax.sharding.Sharding | None = None) -> Ba
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     files = _without_copies(folder, files, set(keys.values()), family.COPIES)
     _check(folder, files, shapes, keys, family.IGNORED)
-    # The largest first: while one is read, its bytes are in memory twice.
     flat = {
-        path: _place(files, keys[path], shapes[path], dtype, sharding)
-        for path in sorted(shapes, key=lambda path: -shapes[path].size)
+        path: _place(files, keys[path], leaf, dtype, sharding)
+        for path, leaf in shapes.items()
     }
     return Base(family, model, unflatten(flat), keys, _fingerprint(folder, files))
 
@@ -445,8 +449,8 @@ def _without_copies(
     for name in (files.keys() & copies.keys()) - wanted:
         if copies[name] not in files:
             continue
-        first, second = _read(files, name), _read(files, copies[name])
-        if first.shape != second.shape or not (first == second).all():
+        parts = itertools.zip_longest(_read(files, name), _read(files, copies[name]))
+        if not all(np.array_equal(first, second) for first, second in parts):
             raise aim_jax.InputError(
                 f"{folder}: by its config.json {name} is {copies[name]}, but their values"
                 " differ; check tie_word_embeddings"
@@ -456,12 +460,21 @@ def _without_copies(
 
 
 def _read(
-    files: dict[str, pathlib.Path], name: str, index: tuple[slice, ...] = ()
-) -> np.ndarray:
-    """A slice of a tensor."""
-    # Opened for one tensor: a mapped file's pages stay in memory until it is closed.
+    files: dict[str, pathlib.Path],
+    name: str,
+    index: tuple[slice, ...] = (slice(None),),
+) -> Iterator[np.ndarray]:
+    """A slice of a tensor, some rows at a time."""
     with safetensors.safe_open(files[name], "numpy") as handle:
-        return handle.get_slice(name)[index]
+        shape = handle.get_slice(name).get_shape()
+    rows = range(*index[0].indices(shape[0]))
+    step = max(1, PIECE // math.prod(shape[1:]))
+    for start in rows[::step]:
+        piece = (slice(start, min(start + step, rows.stop)), *index[1:])
+        # Opened for each piece: a mapped file's pages stay in memory until it is closed.
+        with safetensors.safe_open(files[name], "numpy") as handle:
+            part = handle.get_slice(name)[piece]
+        yield part
 
 
 def _some(names: list[str]) -> str:
@@ -479,18 +492,28 @@ def _place(
     """One parameter on its devices, each device's slice read from the files alone."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if "{}" not in template:
-            return _read(files, template, index).astype(dtype, copy=False)
-        numbers = range(*index[0].indices(leaf.shape[0]))
         sizes = [
             len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
         ]
-        out = np.empty(sizes, dtype)
-        for row, number in enumerate(numbers):
-            out[row] = _read(files, template.format(number), index[1:])
+        out = _aligned(sizes, dtype)
+        stacked = "{}" in template
+        numbers = range(*index[0].indices(leaf.shape[0])) if stacked else [0]
+        for tensor, number in zip(out if stacked else [out], numbers, strict=True):
+            row = 0
+            for part in _read(files, template.format(number), index[stacked:]):
+                tensor[row : row + len(part)] = part
+                row += len(part)
         return out
 
     return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _aligned(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
+    """An uninitialised array that a CPU device takes as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _fingerprint(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> str:
