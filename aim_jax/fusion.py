@@ -1,11 +1,30 @@
-"""Jitted weighted averages of parameter trees."""
+"""Weighted averages and n-way merges of adapters, as jitted functions of trees.
 
-from typing import Any
+An adapter's module is {a: (..., r, in), b: (..., out, r)}, its change of the weight B A; a
+leading axis stacks layers, each of which is merged by itself. A rule works in one of two
+spaces. `factor`: on A and on B, each by itself, as PEFT and the AimMerging release do.
+`product`: on B A, whose best approximation of rank r is then factored again. The two
+differ even for a plain sum: (B1 + B2)(A1 + A2) has the cross terms B1 A2 + B2 A1 that
+B1 A1 + B2 A2 has not.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+
+import aim_jax
 
 Tree = Any
+ROWS = 256  # of a product that are in memory at once
+OVERSAMPLE = 8  # columns beside those of the factors, to find a product's range with
+POWER_STEPS = 4
 
 
 @jax.jit
@@ -24,3 +43,558 @@ def fuse(
     )
     moved = jax.tree.map(lambda o, i: jnp.sum(jnp.abs(i - o)), origin, inner)
     return fused, jax.tree.reduce(jnp.add, moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How n adapters become one: the name of a rule of `RULES`, and its constants."""
+
+    name: str
+    space: str = "factor"  # or `product`
+    scale: float | None = None  # factor of the result; None: `SCALES`, else 1
+    density: float = 0.2  # ties, dare: the part of the entries that is kept
+    drop_into: str = "linear"  # dare: the rule for what is left, or `ties`
+    roots: bool = False  # factor space: weights and scale enter as PEFT's square roots
+    fisher_floor: float = 1e-6  # fisher: added to every entry of F
+    split: float = 0.5  # opcm: share of the singular values that is protected
+    seed: int = 0  # dare: of its masks
+
+
+class Entries(NamedTuple):
+    """A matrix of each of n adapters, some rows at a time.
+
+    at(i) -> (n, rows, columns), the rows of block i; rows beyond the last are zero;
+    precision(i): alike, the precision of each entry (None: all are alike);
+    blocks: how many there are; size: entries of one whole matrix.
+    """
+
+    at: Callable
+    precision: Callable | None
+    blocks: int
+    size: int
+
+
+def linear(
+    entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array
+) -> Callable:
+    """sum w_i delta_i / sum w_i."""
+    return lambda i: _sum(entries.at(i), weights) / jnp.sum(weights)
+
+
+def task_arithmetic(
+    entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array
+) -> Callable:
+    """sum w_i delta_i, times the scale (lambda). Source: Ilharco et al. 2023."""
+    return lambda i: _sum(entries.at(i), weights)
+
+
+def ties(entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array) -> Callable:
+    """Trim, elect a sign, average what agrees. Source: Yadav et al. 2023 (2306.01708).
+
+    Of each matrix the largest `density` stay, in magnitude (those equal to the least of
+    them too). The sign of an entry is that of the unweighted sum, + for 0; the entries
+    of that sign are averaged: sum w_i delta_i / sum w_i over them (PEFT divides by their
+    number).
+    """
+    kept = max(1, int(rule.density * entries.size))
+    least = _largest(entries, kept)[:, None, None]
+
+    def merged(i: jax.Array) -> jax.Array:
+        values = entries.at(i)
+        values = jnp.where(jnp.abs(values) >= least, values, 0)
+        sign = jnp.where(jnp.sum(values, 0) >= 0, 1, -1)
+        share = jnp.where(jnp.sign(values) == sign, weights[:, None, None], 0)
+        total = jnp.sum(share, 0)
+        return jnp.sum(share * values, 0) / jnp.where(total, total, 1)
+
+    return merged
+
+
+def dare(entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array) -> Callable:
+    """Keep each entry with probability `density`, divide by it, then linear or ties.
+
+    The rescale is the paper's 1 / density (mergekit's is by L1 norms); ties then trims
+    nothing more. Source: Yu et al. 2024 (arXiv 2311.03099).
+    """
+
+    def thinned(i: jax.Array) -> jax.Array:
+        values = entries.at(i)
+        keys = jax.random.fold_in(key, i)
+        keep = jax.random.bernoulli(keys, rule.density, values.shape)
+        return jnp.where(keep, values / rule.density, 0)
+
+    left = entries._replace(at=thinned)
+    whole = dataclasses.replace(rule, density=1.0)
+    return ELEMENTWISE[rule.drop_into](left, weights, whole, key)
+
+
+def fisher(
+    entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array
+) -> Callable:
+    """sum w_i F_i delta_i / sum w_i F_i. Source: Matena and Raffel 2022 (2111.09832)."""
+
+    def merged(i: jax.Array) -> jax.Array:
+        share = entries.precision(i) * weights[:, None, None]
+        return jnp.sum(share * entries.at(i), 0) / jnp.sum(share, 0)
+
+    return merged
+
+
+def magmax(
+    entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array
+) -> Callable:
+    """The weighted entry of the largest magnitude. Source: Marczak et al. 2024."""
+
+    def merged(i: jax.Array) -> jax.Array:
+        values = entries.at(i) * weights[:, None, None]
+        chosen = jnp.argmax(jnp.abs(values), 0)[None]
+        return jnp.take_along_axis(values, chosen, 0)[0]
+
+    return merged
+
+
+ELEMENTWISE = {
+    rule.__name__: rule
+    for rule in (linear, task_arithmetic, ties, dare, fisher, magmax)
+}
+RULES = (*ELEMENTWISE, "opcm")
+SPACES = ("factor", "product")
+SCALES = {"task_arithmetic": 0.3}
+SIGNED = ("task_arithmetic", "magmax", "opcm")  # rules that take weights below 0
+
+
+def merge(
+    deltas: Sequence[Tree],
+    rule: Rule,
+    weights: Sequence[float] | None = None,
+    fishers: Sequence[Tree] | None = None,
+    rank: int | None = None,
+) -> Tree:
+    """One adapter made of `deltas` by `rule`; a single one of weight 1 is itself.
+
+    weights: one an adapter, 1 where not given. fishers: for the rule `fisher`, trees of
+    mean squared gradients shaped as the deltas. rank: of the result in product space, the
+    largest one where not given; there the adapters' ranks may differ. Of a single adapter
+    nothing is trimmed or dropped, and its scale is 1 unless set: nothing interferes.
+    Raises InputError for values that are not finite, naming adapter and path, and for
+    weights that a rule cannot take. All work is in functions jitted once for all modules
+    of a shape; this one reads values on the host, so it is not to be jitted itself.
+    """
+    count = len(deltas)
+    weights = [1.0] * count if weights is None else [float(w) for w in weights]
+    _check(deltas, rule, weights, fishers)
+    scale = rule.scale
+    if scale is None:
+        scale = 1.0 if count == 1 else SCALES.get(rule.name, 1.0)
+    if count == 1:
+        alone = "task_arithmetic" if rule.name in SIGNED else "linear"
+        rule = dataclasses.replace(rule, name=alone)
+    modules, treedef = _modules(deltas)
+    precisions = _modules(fishers)[0] if rule.name == "fisher" else [()] * len(modules)
+    weights = jnp.asarray(weights, jnp.float32)
+    if rule.name == "opcm":
+        merged = _opcm(modules, weights, rule, rank)
+    else:
+        one = _in_factors if rule.space == "factor" else _in_product
+        key = jax.random.key(rule.seed)
+        # What is used here alone must not make another function to compile.
+        rule = dataclasses.replace(rule, seed=0, scale=None)
+        merged = [
+            one(m, p, weights, jax.random.fold_in(key, number), rule, rank)
+            for number, (m, p) in enumerate(zip(modules, precisions, strict=True))
+        ]
+    on_a, on_b = (1.0, scale) if rule.space == "product" else _sides(scale, rule)
+    merged = [{"a": m["a"] * on_a, "b": m["b"] * on_b} for m in merged]
+    return jax.tree.unflatten(treedef, merged)
+
+
+def slao(merged: Tree, tuned: Tree, number: int) -> Tree:
+    """The merge after task `number` (from 1): its A; B_m + (B - B_m) / sqrt(number).
+
+    merged: (A_m, B_m) before it; tuned: the adapter (A, B) of the task. Source: SLAO, by a
+    third party's implementation that quotes the paper.
+    """
+    rate = number**-0.5
+
+    def module(old: Tree, new: Tree) -> Tree:
+        # The first B exactly, which old + (new - old) is not in float32.
+        b = new["b"] if number == 1 else old["b"] + rate * (new["b"] - old["b"])
+        return {"a": new["a"], "b": b}
+
+    return jax.tree.map(module, merged, tuned, is_leaf=_is_module)
+
+
+@jax.jit
+def orthonormal(delta: Tree) -> Tree:
+    """The adapter with the rows of every A made orthonormal; B as it is.
+
+    Q R = A^T with diag(R) > 0, and A becomes Q^T: how SLAO begins a task.
+    """
+
+    def module(node: Tree) -> Tree:
+        q, r = jnp.linalg.qr(jnp.swapaxes(node["a"], -1, -2))
+        sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
+        return {"a": jnp.swapaxes(q * sign[..., None, :], -1, -2), "b": node["b"]}
+
+    return jax.tree.map(module, delta, is_leaf=_is_module)
+
+
+@jax.jit
+def ema(average: Tree, new: Tree, decay: float) -> Tree:
+    """decay * average + (1 - decay) * new, entry by entry."""
+    return jax.tree.map(lambda m, n: decay * m + (1 - decay) * n, average, new)
+
+
+@jax.jit
+def opcm_step(
+    merged: Sequence[jax.Array],
+    new: Sequence[jax.Array],
+    normaliser: jax.Array,
+    norm: jax.Array,
+    split: float,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Matrices of the next OPCM merge, and its normaliser lambda_t.
+
+    merged, new: a matrix (..., p, q) for each module, the change of the weights so far and
+    of the next task; normaliser: lambda_{t-1}, 1 before the second task; norm: what the
+    result's is to be over all modules, the mean norm of all task vectors, `new` included.
+
+    With U S V^T the singular value decomposition of `merged`, the next task's
+    U^T new V loses its diagonal, and the block of the first k directions, whose cumulative
+    S is at most `split` of the whole: that is (lambda_{t-1} merged + cleaned) / lambda_t.
+    Directions of singular value 0 have no basis of their own, so nothing is taken from
+    them, where the release takes the diagonal in whichever basis its routine gives.
+    Source: Tang et al. 2025 (arXiv 2501.09522); strict split as its release (FusionBench).
+    """
+
+    def cleaned(old: jax.Array, task: jax.Array) -> jax.Array:
+        u, s, vt = jnp.linalg.svd(old, full_matrices=False)
+        real = s > s[0] * max(old.shape) * jnp.finfo(s.dtype).eps
+        inside = jnp.cumsum(s) <= split * jnp.sum(s)
+        # The first direction beyond the split, and all after it, are outside.
+        taken = jnp.outer(inside, inside) | jnp.eye(len(s), dtype=bool)
+        taken &= jnp.outer(real, real)
+        return task - _mm(u, jnp.where(taken, _mm(_mm(u.T, task), vt.T), 0), vt)
+
+    def total(old: jax.Array, task: jax.Array) -> jax.Array:
+        clean = jnp.vectorize(cleaned, signature="(p,q),(p,q)->(p,q)")
+        return normaliser * old + clean(old, task)
+
+    sums = [total(old, task) for old, task in zip(merged, new, strict=True)]
+    following = optax.tree.norm(sums) / norm
+    return [x / following for x in sums], following
+
+
+def _opcm(
+    modules: list[tuple[Tree, ...]], weights: jax.Array, rule: Rule, rank: int | None
+) -> list[Tree]:
+    """OPCM over adapters in their order, on A and B or in the products' common basis."""
+    split = [_apart(m) if rule.space == "factor" else _cores(m) for m in modules]
+    matrices = [m for found, _ in split for m in found]
+    count = len(modules[0])
+    tasks = [[m[i] * weights[i] for m in matrices] for i in range(count)]
+    norms = [optax.tree.norm(task) for task in tasks]
+    merged, normaliser = tasks[0], jnp.float32(1)
+    for i in range(1, count):
+        mean = sum(norms[: i + 1]) / (i + 1)
+        merged, normaliser = opcm_step(merged, tasks[i], normaliser, mean, rule.split)
+    merged = iter(merged)
+    if rule.space == "factor":
+        return [{"a": next(merged), "b": next(merged)} for _ in modules]
+    return [
+        _truncated(_mm(left, next(merged)), right, _rank(m, rank))
+        for m, (_, (left, right)) in zip(modules, split, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "rank"))
+def _in_factors(
+    module: tuple[Tree, ...],
+    precisions: tuple[Tree, ...],
+    weights: jax.Array,
+    key: jax.Array,
+    rule: Rule,
+    rank: int | None,
+) -> Tree:
+    """The rule on A and on B of one module, each layer by itself."""
+
+    def side(name: str, number: int, weights: jax.Array) -> jax.Array:
+        values = jnp.stack([m[name] for m in module])
+        shape = values.shape[1:]
+        stacks = [_layers(values)]
+        if precisions:
+            stacks.append(_layers(jnp.stack([p[name] for p in precisions])))
+
+        def layer(args: tuple) -> jax.Array:
+            key, values, *rest = args
+            precise = (lambda i: rest[0] + rule.fisher_floor) if rest else None
+            entries = Entries(lambda i: values, precise, 1, values[0].size)
+            return ELEMENTWISE[rule.name](entries, weights, rule, key)(0)
+
+        keys = jax.random.split(jax.random.fold_in(key, number), len(stacks[0]))
+        return jax.lax.map(layer, (keys, *stacks)).reshape(shape)
+
+    on_a, on_b = _sides(weights, rule)
+    return {"a": side("a", 0, on_a), "b": side("b", 1, on_b)}
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "rank"))
+def _in_product(
+    module: tuple[Tree, ...],
+    precisions: tuple[Tree, ...],
+    weights: jax.Array,
+    key: jax.Array,
+    rule: Rule,
+    rank: int | None,
+) -> Tree:
+    """The rule on B A of one module, each layer by itself, and its best rank-r factors.
+
+    A sum of products has rank sum r_i, so linear rules are exact. The others work on
+    entries, some rows at a time, and their result is met only in products with thin
+    matrices. What the precision of an entry of B A is follows from those of A and B, to
+    first order: 1 / (B^2 (1 / F_A) + (1 / F_B) A^2).
+    """
+    rank = _rank(module, rank)
+    if rule.name in ("linear", "task_arithmetic"):
+        left, right = _concatenated(module)
+        if rule.name == "linear":
+            weights = weights / jnp.sum(weights)
+        share = [
+            jnp.full(m["b"].shape[-1], w) for m, w in zip(module, weights, strict=True)
+        ]
+        return _truncated(left * jnp.concatenate(share), right, rank)
+
+    def layer(args: tuple) -> tuple[jax.Array, jax.Array]:
+        key, factors, floors = args
+        out, width = factors[0]["b"].shape[0], factors[0]["a"].shape[1]
+        rows = min(ROWS, out)
+        blocks = -(-out // rows)
+
+        def block(b: jax.Array, i: jax.Array) -> jax.Array:
+            padded = jnp.pad(b, ((0, blocks * rows - out), (0, 0)))
+            return jax.lax.dynamic_slice_in_dim(padded, i * rows, rows)
+
+        def at(i: jax.Array) -> jax.Array:
+            return jnp.stack([_mm(block(f["b"], i), f["a"]) for f in factors])
+
+        def precision(i: jax.Array) -> jax.Array:
+            variances = [
+                _mm(block(f["b"], i) ** 2, 1 / p["a"])
+                + _mm(1 / block(p["b"], i), f["a"] ** 2)
+                for f, p in zip(factors, floors, strict=True)
+            ]
+            return 1 / jnp.maximum(jnp.stack(variances), 1e-30)
+
+        entries = Entries(at, precision, blocks, out * width)
+        merged = ELEMENTWISE[rule.name](entries, weights, rule, key)
+        start = jnp.concatenate([f["a"] for f in factors]).T
+        return _range(merged, blocks, rows, out, start)
+
+    layers = jax.tree.map(lambda x: _layers(x[None])[:, 0], module)
+    floors = jax.tree.map(
+        lambda x: _layers(x[None])[:, 0] + rule.fisher_floor, precisions
+    )
+    keys = jax.random.split(key, layers[0]["a"].shape[0])
+    left, right = jax.lax.map(layer, (keys, layers, floors))
+    lead = module[0]["a"].shape[:-2]
+    left, right = (x.reshape(*lead, *x.shape[1:]) for x in (left, right))
+    return _truncated(left, right, rank)
+
+
+def _range(
+    at: Callable, blocks: int, rows: int, out: int, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """left (out, k), right (in, k): left right^T is a matrix M near its best rank.
+
+    at(i) -> the rows of block i of M; start (in, k): a guess of its row space, which gets
+    `OVERSAMPLE` random columns beside it. Source: Halko, Martinsson and Tropp 2011,
+    algorithm 4.4 (subspace iteration).
+    """
+    width = start.shape[0]
+    more = jax.random.normal(jax.random.key(0), (width, OVERSAMPLE), start.dtype)
+    start = jnp.concatenate([start, more], 1)
+
+    def forward(x: jax.Array) -> jax.Array:
+        parts = jax.lax.map(lambda i: _mm(at(i), x), jnp.arange(blocks))
+        return _basis(parts.reshape(blocks * rows, -1)[:out])
+
+    def backward(y: jax.Array) -> jax.Array:
+        parts = jnp.pad(y, ((0, blocks * rows - out), (0, 0)))
+        parts = parts.reshape(blocks, rows, -1)
+        zero = jnp.zeros((width, y.shape[1]), y.dtype)
+        return jax.lax.fori_loop(
+            0, blocks, lambda i, total: total + _mm(at(i).T, parts[i]), zero
+        )
+
+    left = forward(_basis(start))
+    for _ in range(POWER_STEPS):
+        left = forward(_basis(backward(left)))
+    return left, backward(left)
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _truncated(left: jax.Array, right: jax.Array, rank: int) -> Tree:
+    """The best approximation of left right^T of a rank, as {a, b} of equal norms.
+
+    By a QR of each side (..., out, k), (..., in, k) and the singular values of a k x k
+    matrix.
+    """
+    q_left, r_left = jnp.linalg.qr(left)
+    q_right, r_right = jnp.linalg.qr(right)
+    u, s, vt = jnp.linalg.svd(_mm(r_left, _t(r_right)), full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    b = _mm(q_left, u[..., :rank] * root[..., None, :])
+    a = _mm(root[..., None] * vt[..., :rank, :], _t(q_right))
+    spare = rank - root.shape[-1]
+    if spare > 0:
+        none = [(0, 0)] * (b.ndim - 2)
+        b = jnp.pad(b, [*none, (0, 0), (0, spare)])
+        a = jnp.pad(a, [*none, (0, spare), (0, 0)])
+    return {"a": a, "b": b}
+
+
+def _concatenated(module: tuple[Tree, ...]) -> tuple[jax.Array, jax.Array]:
+    """left (..., out, sum r), right (..., in, sum r) of adapters side by side."""
+    left = jnp.concatenate([m["b"] for m in module], -1)
+    return left, _t(jnp.concatenate([m["a"] for m in module], -2))
+
+
+def _apart(module: tuple[Tree, ...]) -> tuple[list[jax.Array], None]:
+    """A and B of n adapters, each (n, ...)."""
+    return [jnp.stack([m[side] for m in module]) for side in ("a", "b")], None
+
+
+@jax.jit
+def _cores(
+    module: tuple[Tree, ...],
+) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
+    """[cores (n, ..., p, q)], (left, right): B_i A_i = left cores[i] right^T.
+
+    left and right have orthonormal columns, so what turns with its bases (a singular
+    value decomposition, a norm) can be done on the cores.
+    """
+    left, right = _concatenated(module)
+    (q_left, r_left), (q_right, r_right) = jnp.linalg.qr(left), jnp.linalg.qr(right)
+    ends = np.cumsum([m["b"].shape[-1] for m in module])[:-1]
+    pairs = zip(jnp.split(r_left, ends, -1), jnp.split(r_right, ends, -1), strict=True)
+    return [jnp.stack([_mm(x, _t(y)) for x, y in pairs])], (q_left, q_right)
+
+
+def _largest(entries: Entries, kept: int) -> jax.Array:
+    """The `kept`-th largest magnitude (n,) of each matrix, found by bisection.
+
+    Magnitudes are ordered as their bits are, read as integers, so 31 counts are exact.
+    """
+
+    def bits(values: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple:
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+
+        def count(i: jax.Array, total: jax.Array) -> jax.Array:
+            above = bits(entries.at(i)) >= middle[:, None, None]
+            return total + jnp.sum(above, (1, 2), dtype=jnp.int32)
+
+        total = jax.lax.fori_loop(0, entries.blocks, count, jnp.zeros_like(low))
+        enough = total >= kept
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    count = jax.eval_shape(entries.at, 0).shape[0]
+    low = jnp.zeros(count, jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, low + bits(jnp.float32(jnp.inf))))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _check(
+    deltas: Sequence[Tree],
+    rule: Rule,
+    weights: list[float],
+    fishers: Sequence[Tree] | None,
+) -> None:
+    """Raise InputError for what `merge` cannot merge."""
+    _check_choice("rule", rule.name, RULES)
+    _check_choice("space", rule.space, SPACES)
+    _check_choice("drop_into", rule.drop_into, ("linear", "ties"))
+    if not deltas or len(weights) != len(deltas):
+        raise aim_jax.InputError(
+            f"{len(weights)} weights for {len(deltas)} adapters; give one for each"
+        )
+    if not 0 < rule.density <= 1:
+        raise aim_jax.InputError(f"density {rule.density} must be above 0, at most 1")
+    least = -math.inf if rule.name in SIGNED else 0
+    wrong = [w for w in weights if not least < w < math.inf]
+    if wrong:
+        raise aim_jax.InputError(
+            f"weight {wrong[0]} must be finite"
+            + ("" if least else f" and above 0 for {rule.name}")
+        )
+    if rule.name == "fisher" and len(fishers or ()) != len(deltas):
+        raise aim_jax.InputError("fisher needs the squared gradients of every adapter")
+    for what, trees in (("adapter", deltas), ("fisher", fishers or ())):
+        finite = jax.device_get([_finite(tree) for tree in trees])
+        for number, tree in enumerate(finite):
+            for path, good in jax.tree_util.tree_leaves_with_path(tree):
+                if not good:
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    raise aim_jax.InputError(
+                        f"{what} {number + 1} of {len(deltas)}: values that are not"
+                        f" finite in {name}"
+                    )
+
+
+def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise aim_jax.InputError(f"{what}: no '{value}'; there are {', '.join(known)}")
+
+
+@jax.jit
+def _finite(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def _modules(trees: Sequence[Tree]) -> tuple[list[tuple[Tree, ...]], Any]:
+    """The modules {a, b} of n trees, n to each module, and the trees' structure."""
+    flat = [jax.tree.flatten(tree, is_leaf=_is_module) for tree in trees]
+    return list(zip(*(modules for modules, _ in flat), strict=True)), flat[0][1]
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, dict) and "a" in node
+
+
+def _rank(module: tuple[Tree, ...], rank: int | None) -> int:
+    return rank or max(m["b"].shape[-1] for m in module)
+
+
+def _sides(weights: Any, rule: Rule) -> tuple[Any, Any]:
+    """What weights (or a scale) are on A and on B."""
+    if not rule.roots:
+        return weights, weights
+    root = jnp.sqrt(jnp.abs(weights))
+    return jnp.where(jnp.asarray(weights) < 0, -root, root), root
+
+
+def _layers(values: jax.Array) -> jax.Array:
+    """(n, ..., rows, columns) as (layers, n, rows, columns)."""
+    count, *_, rows, columns = values.shape
+    return values.reshape(count, -1, rows, columns).swapaxes(0, 1)
+
+
+def _sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """The weighted sum over axis 0; no matrix product, which could round inputs."""
+    return jnp.sum(values * weights[:, None, None], 0)
+
+
+def _mm(*factors: jax.Array) -> jax.Array:
+    """The product of matrices in full float32, on every device."""
+    return functools.reduce(functools.partial(jnp.matmul, precision="highest"), factors)
+
+
+def _t(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _basis(matrix: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(matrix)[0]
