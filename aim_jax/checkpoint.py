@@ -1,49 +1,137 @@
 """Saving and restoring a run; nothing else touches Orbax.
 
 A checkpoint is a tree of arrays and a JSON of facts, written together, atomically and in
-the background. The base model is never part of it.
+the background, with a hash of both. The base model is never part of it.
 """
 
-import copy
+import hashlib
+import json
+import math
 import pathlib
+import shutil
+import time
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from orbax.checkpoint import v1 as ocp
+
+import aim_jax
 
 Tree = Any
 Checkpointer = ocp.training.Checkpointer
+HASH = "sha256"  # a fact of its own
 
 
-def open(folder: pathlib.Path) -> Checkpointer:
-    """A context manager over the checkpoints in `folder`; the last two are kept."""
-    keep = ocp.training.preservation_policies.LatestN(2)
-    return Checkpointer(folder.resolve(), preservation_policy=keep)
+def open(folder: pathlib.Path, keep: int) -> Checkpointer:
+    """A context manager over the checkpoints in `folder`; the last `keep` stay."""
+    policy = ocp.training.preservation_policies.LatestN(keep)
+    return Checkpointer(
+        folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
+    )
+
+
+def age(checkpointer: Checkpointer) -> float:
+    """Seconds since the newest checkpoint was begun; infinite where there is none."""
+    newest = checkpointer.latest
+    return time.time() - newest.commit_timestamp_nsecs / 1e9 if newest else math.inf
 
 
 def save(
     checkpointer: Checkpointer, number: int, arrays: Tree, facts: dict[str, Any]
 ) -> None:
-    """Write checkpoint `number`, larger than all before; does not wait for the disk."""
-    # The caller goes on and changes the facts while they are being written.
-    checkpointer.save_checkpointables_async(
-        number, {"arrays": arrays}, custom_metadata=copy.deepcopy(facts)
-    )
+    """Write checkpoint `number`, larger than all before; does not wait for the disk.
+
+    Raises InputError if this one or the one before cannot be written.
+    """
+    # A copy: the caller's goes on changing while this one is being written.
+    facts = json.loads(json.dumps(facts))
+    facts[HASH] = _hash(arrays, facts)
+    try:
+        checkpointer.save_checkpointables_async(
+            number, {"arrays": arrays}, custom_metadata=facts, force=True
+        )
+    except Exception as error:
+        raise _unwritable(checkpointer, error) from error
+
+
+def wait(checkpointer: Checkpointer) -> None:
+    """Return when all is on disk. Raises InputError if it cannot be written."""
+    try:
+        checkpointer.wait()
+    except Exception as error:
+        raise _unwritable(checkpointer, error) from error
 
 
 def latest(
     checkpointer: Checkpointer, like: Tree, sharding: jax.sharding.Sharding
 ) -> tuple[Tree, dict[str, Any]] | None:
-    """Arrays and facts of the newest checkpoint, None where there is none.
+    """Arrays and facts of the newest sound checkpoint, None where there is none at all.
 
-    like: a tree of the shapes and types to restore.
+    like: a tree of the shapes and types to restore. Those that are not as they were
+    written are renamed NUMBER.damaged, with a warning. Raises InputError, and renames
+    nothing, if all are so.
     """
-    newest = checkpointer.latest
-    if newest is None:
-        return None
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
     )
-    loaded = checkpointer.load_checkpointables(newest, {"arrays": shapes})
-    facts = checkpointer.checkpointables_metadata(newest).custom_metadata
-    return loaded["arrays"], facts
+    damaged = {}
+    for found in reversed(checkpointer.checkpoints):
+        try:
+            loaded = _load(checkpointer, found.step, shapes)
+        except Exception as error:  # Orbax and TensorStore have no common kind
+            damaged[found.step] = " ".join(str(error).split())[:200]
+            continue
+        for number, reason in damaged.items():
+            logging.warning(
+                "checkpoint %s is damaged (%s); going on from %s",
+                checkpointer.directory / str(number),
+                reason,
+                found.step,
+            )
+            _set_aside(checkpointer.directory / str(number))
+        if damaged:
+            checkpointer.reload()
+        return loaded
+    if damaged:
+        reasons = "; ".join(f"{number}: {why}" for number, why in damaged.items())
+        raise aim_jax.InputError(
+            f"{checkpointer.directory}: no checkpoint is sound ({reasons}); restore one,"
+            " or begin anew in another --workdir"
+        )
+    return None
+
+
+def _load(
+    checkpointer: Checkpointer, number: int, shapes: Tree
+) -> tuple[Tree, dict[str, Any]]:
+    facts = dict(checkpointer.checkpointables_metadata(number).custom_metadata)
+    arrays = checkpointer.load_checkpointables(number, {"arrays": shapes})["arrays"]
+    if facts.pop(HASH, None) != _hash(arrays, facts):
+        raise ValueError("its content is not what was written")
+    return arrays, facts
+
+
+def _hash(arrays: Tree, facts: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for path, leaf in jax.tree.leaves_with_path(arrays):
+        value = np.asarray(leaf)
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _set_aside(folder: pathlib.Path) -> None:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def _unwritable(checkpointer: Checkpointer, error: Exception) -> aim_jax.InputError:
+    reason = " ".join(str(error).split())[:300]
+    return aim_jax.InputError(
+        f"{checkpointer.directory}: a checkpoint cannot be written: {reason}; what was"
+        " saved before is whole: make room, and the same command goes on from there"
+    )

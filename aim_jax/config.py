@@ -75,7 +75,6 @@ class Train:
     validation_leaks: bool | None = None  # keep validation rows that are test rows
     single_holdout: float | None = None  # part of train that validates single-task runs
     select: str = "best"  # the adapter of a task: `best` dev loss or `last`
-    checkpoint_every: int = 200  # steps; a finished task is always saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +106,15 @@ class Parallel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved: a task that begins or ends always is."""
+
+    steps: int = 200  # every so many of a task
+    minutes: float = 10.0  # or as soon as the last is so old
+    keep: int = 2  # the newest ones
+
+
+@dataclasses.dataclass(frozen=True)
 class Logs:
     """What is shown while a run goes on."""
 
@@ -125,11 +133,12 @@ class Config:
     method: methods.Options = methods.Options(name="aim")
     eval: Eval = Eval()
     parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
     logs: Logs = Logs()
 
 
 # A run may go on under other values of these sections.
-INCIDENTAL = ("parallel", "logs")
+INCIDENTAL = ("parallel", "checkpoint", "logs")
 
 PRESETS = {
     "release": {
@@ -180,7 +189,8 @@ BOUNDS = {
             "train.batch_size",
             "train.micro_batch_size",
             "train.eval_every",
-            "train.checkpoint_every",
+            "checkpoint.steps",
+            "checkpoint.keep",
             "lora.r",
             "method.interval",
             "method.min_interval",
@@ -201,6 +211,7 @@ BOUNDS = {
             "train.weight_decay",
             "train.validation_rows",
             "method.rehearsal",
+            "checkpoint.minutes",
         ),
         (0, math.inf),
     ),

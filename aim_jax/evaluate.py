@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_jax import config, lora, parallel
+from aim_jax import config, lora, parallel, preemption
 from aim_jax.data import batches
 
 Tree = Any
@@ -64,6 +64,7 @@ def generate(
     out: dict[int, np.ndarray] = {}
     eos = text.tokenizer.eos_token_id
     for start in range(0, len(order), rows):
+        preemption.check()
         chosen = order[start : start + rows]
         batch = batches.prompts(text, [examples[i] for i in chosen], rows)
         tokens = np.asarray(decode(base, delta, parallel.place_rows(batch, devices)))

@@ -1,19 +1,24 @@
 """What a run leaves on disk line by line, and the progress bar."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tqdm
+
+import aim_jax
 
 METRICS, MERGES = "metrics.jsonl", "merges.jsonl"
 
 
 def append(file: pathlib.Path, row: dict[str, Any]) -> None:
     """Add one JSON line to `file`."""
-    with file.open("a") as stream:
+    with writing(file), file.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
 
@@ -28,10 +33,42 @@ def cut(folder: pathlib.Path, task: int, step: int) -> None:
 
 def write(file: pathlib.Path, text: str) -> None:
     """Write `file` whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.replace(file)
+    # Of this process alone: runs side by side share the scores of single tasks.
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(file)
+
+
+@contextlib.contextmanager
+def writing(target: pathlib.Path) -> Iterator[None]:
+    """Turn what the system says about writing `target` into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise aim_jax.InputError(
+            f"{target}: cannot be written: {error.strerror}; what was saved before is"
+            " whole: set this right, and the same command goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keep other processes out of `folder`. Raises InputError if one is at work there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise aim_jax.InputError(
+            f"--workdir {folder}: another process is at work on this run; wait for it"
+        ) from None
+    except OSError:
+        pass  # Some network file systems lock no folder.
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_rows(file: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 
 import aim_jax
-from aim_jax import config, run
+from aim_jax import config, preemption, run
 
 _CONFIG = flags.DEFINE_string("config", None, "Python file that assigns CONFIG.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if begun.")
@@ -32,10 +32,14 @@ def main(argv: list[str]) -> None:
         if not _WORKDIR.value:
             raise aim_jax.InputError("--workdir: name the folder of the run")
         cache_compilations()
+        preemption.watch()
         results = [run.run(c, f) for c, f in runs(cfg, pathlib.Path(_WORKDIR.value))]
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except preemption.Preempted:
+        print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
+        sys.exit(0)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

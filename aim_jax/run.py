@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from aim_jax import (
     methods,
     metrics,
     parallel,
+    preemption,
     report,
     steps,
 )
@@ -94,29 +96,38 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
 
     A run that was stopped goes on from its last checkpoint, and ends as if it had never
     stopped; a finished one returns its results. Raises InputError for input that cannot
-    be used, before anything that is already in `folder` is touched.
+    be used, before anything that is already in `folder` is touched, and Preempted after
+    SIGTERM (where `preemption.watch` was called).
     """
     claim(cfg, folder)
     done = finished(folder)
     if done:
         print(f"{folder}: this run is finished; its results are:")
+        if not (folder / "report.html").is_file():
+            report.write([folder], folder / "report.html")
         return done
     began = time.perf_counter()
     job = prepare(cfg, folder)
-    with checkpoint.open(folder / "checkpoints") as checkpointer:
-        place, facts = restore(job, checkpointer)
+    counts = [batches.total_steps(len(t.train), cfg.train) for t in job.stream]
+    inputs = fingerprints(job)
+    with (
+        logs.alone(folder),
+        checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
+    ):
+        place, facts = restore(job, job.method, inputs, checkpointer)
         matrix, seconds = facts["matrix"], facts["seconds"]
         before = seconds["total"]
-        logs.cut(folder, len(matrix), place.step)
-        counts = [batches.total_steps(len(t.train), cfg.train) for t in job.stream]
         passed = sum(counts[: len(matrix)])
 
         def save(place: Place) -> None:
             seconds["total"] = before + time.perf_counter() - began
-            arrays, more = pack(place)
-            number = sum(counts[: len(matrix)]) + place.step
-            checkpoint.save(checkpointer, number, arrays, facts | more)
+            total = (*counts, 0)[len(matrix)]
+            # A task that ends and the next one that begins have numbers of their own.
+            first = sum(counts[: len(matrix)]) + len(matrix)
+            keep(job, checkpointer, place, facts, first, total)
 
+        begin(job, checkpointer, place, save)
+        logs.cut(folder, len(matrix), place.step)
         with logs.bar(sum(counts), passed + place.step, cfg.logs.progress) as bar:
             for number in range(len(matrix), len(job.stream)):
                 place = train_task(job, number, place, seconds, bar, save)
@@ -129,10 +140,11 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
                 bar.write(f"after {_numbered(job, number)}: {_listed(job, scores)}")
     single = None
     if cfg.eval.fwt:
-        single = [single_score(job, number, seconds) for number in range(len(counts))]
+        single = [single_score(job, n, inputs, seconds) for n in range(len(counts))]
     seconds["total"] = before + time.perf_counter() - began
     results = write_results(job, facts, single, finished=True)
     report.write([folder], folder / "report.html")
+    shutil.rmtree(folder / "single", ignore_errors=True)
     return results
 
 
@@ -147,9 +159,19 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
                 f"--workdir {folder} belongs to another config ({'; '.join(changed[:5])});"
                 " use another --workdir or the same config"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (
+        # A run that ended while it wrote its config has left a part of that.
+        not folder.is_dir() or any(p.suffix != ".part" for p in folder.iterdir())
+    ):
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
+        )
+    there = next(
+        p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()
+    )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise aim_jax.InputError(
+            f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
         )
 
 
@@ -224,19 +246,38 @@ def fresh(job: Job) -> Tree:
     return jax.device_put(delta, job.devices.replicated)
 
 
+def fingerprints(job: Job) -> dict[str, str]:
+    """Hashes of what a run was begun with: the base, and the rows that each task uses."""
+    rows = {
+        f"the {split} rows of task '{task.name}'": getattr(task, split)
+        for task in job.stream
+        for split in tasks.SPLITS
+    } | {
+        f"the memory rows of task '{task.name}'": kept
+        for task, kept in zip(job.stream, job.memory, strict=False)
+    }
+    return {f"model.path '{job.cfg.model.path}'": job.base.fingerprint} | {
+        name: hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        for name, found in rows.items()
+    }
+
+
 def restore(
-    job: Job, checkpointer: checkpoint.Checkpointer
+    job: Job,
+    method: methods.Method,
+    inputs: dict[str, str],
+    checkpointer: checkpoint.Checkpointer,
 ) -> tuple[Place, dict[str, Any]]:
     """The place and the facts (score matrix, seconds) of the newest checkpoint.
 
-    Without one they are those of a new run. Raises InputError if the base has changed.
+    Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
     delta = fresh(job)
-    memo = job.method.start(delta) if job.method.start else methods.Memo()
+    memo = method.start(delta) if method.start else methods.Memo()
     state = steps.init(delta, 0, jax.random.key(0))
     place = Place(0, state, memo, delta, math.inf)
     facts: dict[str, Any] = {
-        "model": job.base.fingerprint,
+        "inputs": inputs,
         "matrix": [],
         "seconds": dict.fromkeys(("train", "evaluate", "single", "total"), 0.0),
         "work": job.work,
@@ -245,10 +286,12 @@ def restore(
     if not saved:
         return place, facts
     arrays, facts = saved
-    if facts["model"] != job.base.fingerprint:
+    changed = [name for name in inputs if facts["inputs"].get(name) != inputs[name]]
+    if changed:
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise aim_jax.InputError(
-            f"model.path: '{job.cfg.model.path}' has changed since {job.folder} was"
-            " begun; restore it or use another --workdir"
+            f"{', '.join(changed[:3])}{more}: changed since {job.folder} was begun; restore"
+            " what was there or use another --workdir"
         )
     job.work.update(facts["work"])
     facts["work"] = job.work
@@ -256,6 +299,54 @@ def restore(
     memo = methods.Memo(arrays["memo"], methods.revive(memo.host, facts["host"]))
     place = Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
     return place, facts
+
+
+def begin(
+    job: Job,
+    checkpointer: checkpoint.Checkpointer,
+    place: Place,
+    save: Callable[[Place], None],
+) -> None:
+    """Save the beginning of a run, so that one which has begun has a checkpoint.
+
+    Raises InputError if this one has begun, and they are gone.
+    """
+    if checkpointer.latest:
+        return
+    if (job.folder / logs.METRICS).is_file():
+        raise aim_jax.InputError(
+            f"{job.folder} was begun, but {checkpointer.directory} holds no checkpoint;"
+            " restore them, or begin anew in another --workdir"
+        )
+    save(place)
+    checkpoint.wait(checkpointer)
+
+
+def keep(
+    job: Job,
+    checkpointer: checkpoint.Checkpointer,
+    place: Place,
+    facts: dict[str, Any],
+    first: int,
+    total: int,
+) -> None:
+    """Save `place` if it is time to, or if the machine is wanted back: then stop.
+
+    first, total: number of the checkpoint at step 0 of the task, and its steps.
+    """
+    cfg, step = job.cfg.checkpoint, place.step
+    stop = preemption.noticed()
+    if (
+        stop
+        or step in (0, total)
+        or step % cfg.steps == 0
+        or checkpoint.age(checkpointer) > 60 * cfg.minutes
+    ):
+        arrays, more = pack(place)
+        checkpoint.save(checkpointer, first + step, arrays, facts | more)
+    if stop:
+        checkpoint.wait(checkpointer)
+        raise preemption.Preempted
 
 
 def pack(place: Place) -> tuple[Tree, dict[str, Any]]:
@@ -359,7 +450,7 @@ def train(
             work |= {"probes": 1, "probe_tokens": batches.tokens(recalled[0])}
         return after, measures, history, [e.id for e in rows], work
 
-    ahead = dispatch(state, memo, first + 1)
+    ahead = dispatch(state, memo, first + 1) if first < total else None
     for step in range(first + 1, total + 1):
         state, measures, history, ids, work = ahead
         going_on = step < total
@@ -383,8 +474,7 @@ def train(
             log(logs.METRICS, {"step": step, "validation": loss})
             if loss < best_loss:
                 best, best_loss = state.delta, loss
-        if going_on and step % cfg.train.checkpoint_every == 0:
-            save(Place(step, state, memo, best, best_loss))
+        save(Place(step, state, memo, best, best_loss))
     if cfg.train.select == "best" and math.isfinite(best_loss):
         state = state._replace(delta=best)
     if method.after_task:
@@ -433,7 +523,9 @@ def predict(job: Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
     ]
 
 
-def single_score(job: Job, number: int, seconds: dict[str, float]) -> float:
+def single_score(
+    job: Job, number: int, inputs: dict[str, str], seconds: dict[str, float]
+) -> float:
     """Score of a fresh adapter trained on task `number` alone, for FWT.
 
     It does not depend on the method, so it is kept beside the run, in `single/`, for
@@ -459,21 +551,23 @@ def single_score(job: Job, number: int, seconds: dict[str, float]) -> float:
         rows, held = tasks.holdout(task.train, cfg.single_holdout)
     examples, validation = (batches.encode(job.text, r) for r in (rows, held))
     alone = Lesson(task.name, examples, validation, [], _key(job.cfg, task))
-    delta = fresh(job)
-    state = steps.init(delta, 0, jax.random.key(0))
-    place = Place(0, state, methods.Memo(), delta, math.inf)
+    apart, method = job._replace(work=collections.Counter()), methods.Method()
     total = batches.total_steps(len(examples), cfg)
-    with logs.bar(total, 0, job.cfg.logs.progress) as bar:
+    with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
+        place, facts = restore(apart, method, inputs, checkpointer)
+        bar = logs.bar(total, place.step, job.cfg.logs.progress)
         bar.set_description(f"single {task.name}")
 
         def log(file: str, row: dict[str, Any]) -> None:
             if "loss" in row:
                 logs.show(bar, {"loss": row["loss"]})
 
-        apart = job._replace(work=collections.Counter())
-        place = train(apart, methods.Method(), alone, place, log, lambda place: None)
-    delta = place.state.delta
-    made = predict(job, delta, task)
+        def save(place: Place) -> None:
+            keep(apart, checkpointer, place, facts, 0, total)
+
+        with bar:
+            place = train(apart, method, alone, place, log, save)
+    made = predict(job, place.state.delta, task)
     score = sum(r["score"] for r in made) / len(made)
     seconds["single"] += time.perf_counter() - began
     logs.write(file, json.dumps({"task": task.name, "score": score}))

@@ -123,7 +123,7 @@ def test_a_stopped_run_ends_as_the_unbroken_one(
             raise KeyboardInterrupt
         return real(number, *args)
 
-    cfg = make(train__checkpoint_every=5)
+    cfg = make(checkpoint__steps=5)
     monkeypatch.setattr(run, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.run(cfg, folder)
@@ -236,8 +236,8 @@ def test_compilations_are_bounded_by_length_buckets(tmp_path):
     cfg = make(data__buckets=(32, 48, 64))
     job = run.prepare(cfg, tmp_path)
     counts = []
-    with checkpoint.open(tmp_path / "checkpoints") as checkpointer:
-        place, facts = run.restore(job, checkpointer)
+    with checkpoint.open(tmp_path / "checkpoints", 1) as checkpointer:
+        place, facts = run.restore(job, job.method, {}, checkpointer)
     with logs.bar(1, 0, False) as bar:
         for number in range(3):
             place = run.train_task(
