@@ -128,39 +128,34 @@ def apart(ours, recorded):
     return float(np.linalg.norm(ours - recorded) / np.linalg.norm(recorded))
 
 
-def segments(full):
-    """(task, restart step, first segments only) of every recorded restart point."""
-    found = []
-    for name in golden.CONTINUAL:
-        data = golden.trace(name)
-        found.append((name, 0))
-        for tag, step in zip(data["adam_tag"], data["adam_step"], strict=True):
-            if tag != "before_outer" and (name, int(step)) not in found:
-                found.append((name, int(step)))
+def cases(found, kept):
+    """Parameters of a test; those that are not kept for every day are slow."""
     return [
         pytest.param(
-            *s, marks=() if i in full else pytest.mark.slow, id=f"{s[0]}-{s[1]}"
+            *case,
+            marks=() if kept(*case) else pytest.mark.slow,
+            id="-".join(map(str, case)),
         )
-        for i, s in enumerate(found)
+        for case in found
     ]
 
 
-def fast(names):
-    """Numbers of the segments that always run: the first two of each task."""
-    numbers, seen, i = set(), {}, 0
+def segments():
+    """(task, restart step) of every recorded restart point."""
     for name in golden.CONTINUAL:
         data = golden.trace(name)
-        points = {0} | {
-            int(s)
-            for t, s in zip(data["adam_tag"], data["adam_step"], strict=True)
-            if t != "before_outer"
-        }
-        for _ in points:
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] <= names:
-                numbers.add(i)
-            i += 1
-    return numbers
+        records = zip(data["adam_tag"], data["adam_step"], strict=True)
+        points = (int(s) for t, s in records if t != "before_outer")
+        yield from ((name, s) for s in dict.fromkeys((0, *points)))
+
+
+def everyday(name, start):
+    """25 steps from the start of the first task, and the first two merges of the second.
+
+    The other segments say the same of more steps and of longer inputs.
+    """
+    first, second, *_ = golden.CONTINUAL
+    return (name, start) == (first, 0) or (name == second and 0 < start < 20)
 
 
 def restart(kit, data, step):
@@ -187,7 +182,7 @@ def restart(kit, data, step):
     return state, methods.Memo({"origin": kit.tree(origin)}, controls.get(step))
 
 
-@pytest.mark.parametrize("name, start", segments(fast(1)))
+@pytest.mark.parametrize("name, start", cases(segments(), everyday))
 def test_segment(kit, name, start):
     data = golden.trace(name)
     worst = play(kit, name, *restart(kit, data, start), start)
@@ -329,25 +324,33 @@ def test_forward_and_gradient(kit):
     }
     delta = kit.tree(golden.trace(golden.CONTINUAL[1])["lora_end"])
 
-    def loss(delta, scale):
-        low = lora.bind(jax.tree.map(lambda x: x * scale, delta), kit.cfg.lora)
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(delta):
+        low = lora.bind(delta, kit.cfg.lora)
         logits = kit.base.model.apply({"params": kit.base.params, "lora": low}, batch)
         picked = jnp.take_along_axis(
             jax.nn.log_softmax(logits), batch["targets"][..., None], -1
         )[..., 0]
         return -jnp.sum(picked * batch["weights"]) / kept.sum(), logits
 
-    value, logits = loss(delta, 0.0)
+    (value, logits), _ = loss(jax.tree.map(jnp.zeros_like, delta))
     # The logits reach 20; PyTorch in float32 is as far from float64.
     np.testing.assert_allclose(logits, data["base_logits"], atol=1e-4)
     assert float(value) == pytest.approx(float(data["base_loss"]), rel=1e-5)
-    (value, logits), grad = jax.value_and_grad(loss, has_aux=True)(delta, 1.0)
+    (value, logits), grad = loss(delta)
     np.testing.assert_allclose(logits[:1], data["lora_logits"], atol=1e-4)
     assert float(value) == pytest.approx(float(data["lora_loss"]), rel=1e-5)
     assert apart(kit.vector(grad), data["lora_grad"]) <= TIGHT
 
 
-@pytest.mark.parametrize("name", golden.CONTINUAL)
+@pytest.mark.parametrize(
+    "name",
+    cases(
+        ((name,) for name in golden.CONTINUAL),
+        lambda name: golden.trace(name)["mb_input_len"][0] <= golden.SHORT,
+    ),
+)
 def test_gradients_before_anything_has_moved(kit, name):
     data = golden.trace(name)
     state = kit.state(data, data["lora_start"])
@@ -366,6 +369,7 @@ def test_gradients_before_anything_has_moved(kit, name):
     assert apart(kit.vector(after.delta), data["lora_start"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, step", KINKS)
 def test_one_unit_explains_the_gradient_norm(kit, name, step):
     if name not in golden.CONTINUAL:
@@ -402,9 +406,12 @@ def predictions(kit):
     decode = evaluate.greedy(kit.base.model, kit.text.tokenizer.eos_token_id, cfg)
     devices = parallel.open_devices("jit")
 
-    def run(delta, task):
+    def run(delta, task, longest):
         rows = golden.read(f"data/test/{task}_T5.json.gz")
         examples = batches.encode(kit.text, rows, truncate=False)
+        examples = [e for e in examples if len(e.inputs) <= longest]
+        kept = {e.id for e in examples}
+        rows = [r for r in rows if r["id"] in kept]
         tokens = evaluate.generate(
             decode, kit.base.params, delta, kit.text, examples, 32, devices
         )
@@ -414,16 +421,16 @@ def predictions(kit):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "final",
-        *(
-            pytest.param(k, marks=pytest.mark.slow)
-            for k in ("right_after", "single_task")
-        ),
-    ],
+    "kind, longest",
+    cases(
+        [
+            ("final", golden.SHORT),
+            *((k, np.inf) for k in ("final", "right_after", "single_task")),
+        ],
+        lambda kind, longest: longest == golden.SHORT,
+    ),
 )
-def test_predictions_token_for_token(kit, predictions, kind):
+def test_predictions_token_for_token(kit, predictions, kind, longest):
     order = golden.read("hyperparameters.json")["order"]
     recorded = golden.read("predictions.json.gz")[kind]
     eos = kit.text.tokenizer.eos_token_id
@@ -431,13 +438,12 @@ def test_predictions_token_for_token(kit, predictions, kind):
         names = golden.SINGLE if kind == "single_task" else golden.CONTINUAL
         which = len(order) - 1 if kind == "final" else number
         delta = kit.tree(golden.trace(names[which])["lora_end"])
-        rows, tokens, texts = predictions(delta, task)
+        rows, tokens, texts = predictions(delta, task, longest)
         found = {r["id"]: r for r in recorded[task]}
-        assert len(found) == len(rows)
+        assert len(found) == len(rows) or longest < np.inf
         for row, ids, text in zip(rows, tokens, texts, strict=True):
             theirs = found[row["id"]]
-            assert [0, *ids.tolist(), eos][: len(theirs["output_ids"])] == theirs[
-                "output_ids"
-            ]
+            sequence = [0, *ids.tolist(), eos][: len(theirs["output_ids"])]
+            assert sequence == theirs["output_ids"]
             assert text == theirs["prediction"]
             assert metrics.exact(text, row["output"]) == theirs["exact"]
