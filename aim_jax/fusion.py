@@ -55,6 +55,7 @@ class Rule:
     density: float = 0.2  # ties, dare: the part of the entries that is kept
     drop_into: str = "linear"  # dare: the rule for what is left, or `ties`
     roots: bool = False  # factor space: weights and scale enter as PEFT's square roots
+    decay: float = 0.9  # ema: what the average keeps of itself
     fisher_floor: float = 1e-6  # fisher: added to every entry of F
     split: float = 0.5  # opcm: share of the singular values that is protected
     seed: int = 0  # dare: of its masks
@@ -156,7 +157,7 @@ def magmax(
 ELEMENTWISE = {
     rule.__name__: rule
     for rule in (linear, task_arithmetic, ties, dare, fisher, magmax)
-}
+} | {"ema": linear, "slao": linear}
 RULES = (*ELEMENTWISE, "opcm")
 SPACES = ("factor", "product")
 SCALES = {"task_arithmetic": 0.3}
@@ -174,7 +175,9 @@ def merge(
 
     weights: one an adapter, 1 where not given. fishers: for the rule `fisher`, trees of
     mean squared gradients shaped as the deltas. rank: of the result in product space, the
-    largest one where not given; there the adapters' ranks may differ. Of a single adapter
+    largest one where not given; there the adapters' ranks may differ. ema and slao take
+    the adapters in their order, as `ema` and `slao` do one by one (in product space both
+    are weighted averages of products). Of a single adapter
     nothing is trimmed or dropped, and its scale is 1 unless set: nothing interferes.
     Raises InputError for values that are not finite, naming adapter and path, and for
     weights that a rule cannot take. All work is in functions jitted once for all modules
@@ -189,6 +192,8 @@ def merge(
     if count == 1:
         alone = "task_arithmetic" if rule.name in SIGNED else "linear"
         rule = dataclasses.replace(rule, name=alone)
+    if rule.name in ("ema", "slao"):
+        weights = _running(rule, count)
     modules, treedef = _modules(deltas)
     precisions = _modules(fishers)[0] if rule.name == "fisher" else [()] * len(modules)
     weights = jnp.asarray(weights, jnp.float32)
@@ -208,18 +213,18 @@ def merge(
     return jax.tree.unflatten(treedef, merged)
 
 
-def slao(merged: Tree, tuned: Tree, number: int) -> Tree:
+@jax.jit
+def slao(merged: Tree, tuned: Tree, number: jax.Array) -> Tree:
     """The merge after task `number` (from 1): its A; B_m + (B - B_m) / sqrt(number).
 
     merged: (A_m, B_m) before it; tuned: the adapter (A, B) of the task. Source: SLAO, by a
     third party's implementation that quotes the paper.
     """
-    rate = number**-0.5
 
     def module(old: Tree, new: Tree) -> Tree:
+        b = old["b"] + (new["b"] - old["b"]) / jnp.sqrt(number)
         # The first B exactly, which old + (new - old) is not in float32.
-        b = new["b"] if number == 1 else old["b"] + rate * (new["b"] - old["b"])
-        return {"a": new["a"], "b": b}
+        return {"a": new["a"], "b": jnp.where(number == 1, new["b"], b)}
 
     return jax.tree.map(module, merged, tuned, is_leaf=_is_module)
 
@@ -285,6 +290,15 @@ def opcm_step(
     return [x / following for x in sums], following
 
 
+def _running(rule: Rule, count: int) -> list[float]:
+    """The weights of adapters in a running average, each taken up at its rate."""
+    weights = [1.0]
+    for number in range(2, count + 1):
+        rate = 1 - rule.decay if rule.name == "ema" else number**-0.5
+        weights = [w * (1 - rate) for w in weights] + [rate]
+    return weights
+
+
 def _opcm(
     modules: list[tuple[Tree, ...]], weights: jax.Array, rule: Rule, rank: int | None
 ) -> list[Tree]:
@@ -335,6 +349,8 @@ def _in_factors(
         return jax.lax.map(layer, (keys, *stacks)).reshape(shape)
 
     on_a, on_b = _sides(weights, rule)
+    if rule.name == "slao":
+        on_a = jnp.zeros_like(on_a).at[-1].set(1)
     return {"a": side("a", 0, on_a), "b": side("b", 1, on_b)}
 
 
@@ -355,9 +371,9 @@ def _in_product(
     first order: 1 / (B^2 (1 / F_A) + (1 / F_B) A^2).
     """
     rank = _rank(module, rank)
-    if rule.name in ("linear", "task_arithmetic"):
+    if ELEMENTWISE[rule.name] in (linear, task_arithmetic):
         left, right = _concatenated(module)
-        if rule.name == "linear":
+        if ELEMENTWISE[rule.name] is linear:
             weights = weights / jnp.sum(weights)
         share = [
             jnp.full(m["b"].shape[-1], w) for m, w in zip(module, weights, strict=True)
@@ -523,6 +539,10 @@ def _check(
         )
     if not 0 < rule.density <= 1:
         raise aim_jax.InputError(f"density {rule.density} must be above 0, at most 1")
+    if not 0 <= rule.decay <= 1:
+        raise aim_jax.InputError(f"decay {rule.decay} must be at least 0, at most 1")
+    if rule.name in ("ema", "slao") and set(weights) != {1.0}:
+        raise aim_jax.InputError(f"{rule.name} weighs by order; it takes no weights")
     least = -math.inf if rule.name in SIGNED else 0
     wrong = [w for w in weights if not least < w < math.inf]
     if wrong:

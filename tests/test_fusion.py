@@ -371,6 +371,31 @@ def test_slao():
             jax.tree.map(np.testing.assert_array_equal, merged, tuned)
 
 
+@pytest.mark.parametrize("space", fusion.SPACES)
+@pytest.mark.parametrize("name", ["ema", "slao"])
+def test_running_averages_of_several(name, space):
+    """All at once as one by one; in product space both average products."""
+    trees = [adapter(seed) for seed in range(4)]
+    merged = fusion.merge(trees, fusion.Rule(name, space, decay=0.7), rank=7)
+    if space == PRODUCT:
+        expected = {}
+        for key, x in matrices(trees, space).items():
+            total = x[0]
+            for number in (2, 3, 4):
+                rate = 0.3 if name == "ema" else number**-0.5
+                total = (1 - rate) * total + rate * x[number - 1]
+            expected[key] = total
+        close(merged, expected, space)
+        return
+    running = trees[0]
+    for number, tree in enumerate(trees[1:], 2):
+        if name == "ema":
+            running = fusion.ema(running, tree, 0.7)
+        else:
+            running = fusion.slao(running, tree, number)
+    close(merged, {k: x[0] for k, x in matrices([running], space).items()}, space)
+
+
 def test_orthonormal():
     """A keeps its row space and gets orthonormal rows; A = R^T Q^T, diag(R) > 0."""
     tree = adapter(0)
@@ -412,6 +437,8 @@ def test_values_that_are_not_finite(value):
             "weight -1.0 must be finite and above 0 for ties",
         ),
         (fusion.Rule("magmax"), (1, np.nan), "weight nan must be finite"),
+        (fusion.Rule("ema", decay=1.1), None, "decay 1.1 must be at least 0"),
+        (fusion.Rule("slao"), (1, 2), "slao weighs by order; it takes no weights"),
         (fusion.Rule("fisher"), None, "fisher needs the squared gradients"),
     ],
 )

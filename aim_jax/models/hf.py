@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -43,6 +43,9 @@ PEFT_INERT = {
     "runtime_config",
     "task_type",
 }
+# Fields that say which modules have A and B, where those are not known by name alone.
+PEFT_CHOICE = {"exclude_modules", "layers_pattern", "layers_to_transform"}
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 class Base(NamedTuple):
@@ -64,9 +67,7 @@ def directory(path: str) -> pathlib.Path:
 
     A hub id's files come from the cache of huggingface_hub, downloaded if need be.
     """
-    folder = ASSETS if path == "embedded" else pathlib.Path(path)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        folder = _download(path)
+    folder = ASSETS if path == "embedded" else snapshot(path, "model.path", FILES)
     if not (folder / "config.json").is_file():
         raise aim_jax.InputError(
             f"model.path: no config.json in '{path}'; give a Hugging Face model directory,"
@@ -75,18 +76,24 @@ def directory(path: str) -> pathlib.Path:
     return folder
 
 
-def _download(name: str) -> pathlib.Path:
-    """The local snapshot of a hub id; no network where HF_HUB_OFFLINE is set."""
+def snapshot(path: str, field: str, patterns: list[str]) -> pathlib.Path:
+    """The local folder `path`, or that of a hub id; no network if HF_HUB_OFFLINE is set.
+
+    field: what gave the path; patterns: the files that are read.
+    """
+    folder = pathlib.Path(path)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        return folder
     import huggingface_hub  # slow to import, and only this function needs it
 
     try:
         return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=FILES)
+            huggingface_hub.snapshot_download(path, allow_patterns=patterns)
         )
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise aim_jax.InputError(
-            f"model.path: '{name}' is no local directory, and the hub does not give it:"
+            f"{field}: '{path}' is no local directory, and the hub does not give it:"
             f" {why}"
         ) from None
 
@@ -229,10 +236,56 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    return write_adapter(folder, tensors, settings)
+
+
+def write_adapter(
+    folder: pathlib.Path, tensors: dict[str, np.ndarray], settings: dict[str, Any]
+) -> pathlib.Path:
+    """Write the files of a PEFT adapter; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return folder
+
+
+def read_adapter(
+    folder: pathlib.Path, file: str = "adapter_model.safetensors"
+) -> tuple[dict[str, Any], dict[str, Any], config.Lora]:
+    """{module: {a (r, in), b (out, r)}} of a PEFT adapter, its JSON, and what that says.
+
+    Its base is not asked for, so a module may be any that PEFT gives A and B; it is named
+    as in the file, up to `.lora_`. file: another file of such tensors. Values are float32.
+    Raises InputError as `load_adapter` does.
+    """
+    settings = _json(folder / "adapter_config.json")
+    cfg = _adapter_config(folder / "adapter_config.json", PEFT_CHOICE)
+    where = folder / file
+    if not where.is_file():
+        raise aim_jax.InputError(f"{folder}: no {file}{_pickles(folder)}")
+    modules: dict[str, Any] = {}
+    for name in _tensors(where):
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if not found:
+            raise aim_jax.InputError(f"{where}: {name} is neither A nor B of a LoRA")
+        with safetensors.safe_open(where, "numpy") as handle:
+            value = handle.get_tensor(name)
+        side, rank = found[2].lower(), value.shape[found[2] == "B" :][:1]
+        if value.ndim != 2 or rank != (cfg.r,):
+            wanted = "(r, in)" if side == "a" else "(out, r)"
+            raise aim_jax.InputError(
+                f"{where}: {name} is {value.shape}; it must be {wanted}, r = {cfg.r}"
+            )
+        value = value.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise aim_jax.InputError(f"{where}: values that are not finite in {name}")
+        modules.setdefault(found[1], {})[side] = value
+    for module, sides in modules.items():
+        for side in {"a", "b"} - sides.keys():
+            raise aim_jax.InputError(
+                f"{where}: no {module}.lora_{side.upper()}.weight beside its other factor"
+            )
+    return modules, settings, cfg
 
 
 def load_adapter(
@@ -272,8 +325,11 @@ def load_adapter(
     return unflatten(flat), cfg
 
 
-def _adapter_config(file: pathlib.Path) -> config.Lora:
-    """The settings of an adapter_config.json that says nothing but what they can hold."""
+def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.Lora:
+    """The settings of an adapter_config.json that says nothing but what they can hold.
+
+    known: fields beside them that the caller can do with.
+    """
     data = _json(file)
     if data.get("peft_type") != "LORA":
         raise aim_jax.InputError(
@@ -283,7 +339,7 @@ def _adapter_config(file: pathlib.Path) -> config.Lora:
         field: value
         for field, value in data.items()
         # PEFT writes every field; those not in use are empty.
-        if value and field not in PEFT_KNOWN | PEFT_INERT
+        if value and field not in {*PEFT_KNOWN, *PEFT_INERT, *known}
     }
     if refused.get("bias") == "none":
         del refused["bias"]

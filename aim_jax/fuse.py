@@ -1,0 +1,193 @@
+"""Merge PEFT adapters, from a run or from anywhere, into one.
+
+    python -m aim_jax.fuse --method ties --space product ADAPTER... --out DIR
+
+An ADAPTER is a folder with adapter_config.json and adapter_model.safetensors, or a hub id;
+DIR becomes one that `peft.PeftModel` loads, with the settings of the first. The base model
+is not needed. `aim_jax.fusion` and docs/merging.md have the rules. In product space ranks
+and alphas may differ. `--method fisher` reads the mean squared gradients of an adapter's
+tensors, under the same names, from fisher.safetensors in its folder.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import aim_jax
+from aim_jax import fusion, lora
+from aim_jax.models import hf
+
+FISHER = "fisher.safetensors"
+
+
+def fuse(
+    folders: Sequence[pathlib.Path],
+    rule: fusion.Rule,
+    out: pathlib.Path,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+) -> None:
+    """Merge the adapters in `folders` into the new folder `out`.
+
+    Raises InputError, before anything is written, for adapters that cannot be read or are
+    not finite, and for those that do not go together, naming file and tensor.
+    """
+    if not folders:
+        raise aim_jax.InputError("no adapters; name the folders of one or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
+    if rank is not None and (rank < 1 or rule.space == "factor"):
+        raise aim_jax.InputError(
+            f"--rank {rank}: must be at least 1, and is for --space product alone"
+        )
+    deltas, settings, configs = zip(*map(hf.read_adapter, folders), strict=True)
+    for folder, delta, cfg in zip(folders, deltas, configs, strict=True):
+        for what, ours, first in (
+            ("r", cfg.r, configs[0].r),
+            ("alpha / r", lora.scale(cfg), lora.scale(configs[0])),
+        ):
+            if rule.space == "factor" and ours != first:
+                raise aim_jax.InputError(
+                    f"{folder}: {what} is {ours:g}, but {first:g} in {folders[0]};"
+                    " --space product merges such"
+                )
+        _check_alike(folder, delta, folders[0], deltas[0], rule.space == "product")
+    fishers = _fishers(folders, deltas) if rule.name == "fisher" else None
+    rank = rank or max(cfg.r for cfg in configs)
+    scale = lora.scale(dataclasses.replace(configs[0], r=rank))
+    # B takes up what its scale is beyond that of the result.
+    more = [lora.scale(cfg) / scale for cfg in configs]
+    deltas = [_times(d, m) for d, m in zip(deltas, more, strict=True)]
+    if fishers:
+        fishers = [_times(f, m**-2) for f, m in zip(fishers, more, strict=True)]
+    merged = fusion.merge(deltas, rule, weights, fishers, rank)
+    tensors = {
+        f"{module}.lora_{side.upper()}.weight": np.asarray(value)
+        for module, sides in merged.items()
+        for side, value in sides.items()
+    }
+    hf.write_adapter(out, tensors, settings[0] | {"r": rank, "inference_mode": True})
+
+
+def _times(delta: dict[str, Any], more: float) -> dict[str, Any]:
+    """An adapter with every B times `more`."""
+    return {m: {"a": x["a"], "b": np.float32(more) * x["b"]} for m, x in delta.items()}
+
+
+def _fishers(
+    folders: Sequence[pathlib.Path], deltas: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The squared gradients beside each adapter."""
+    fishers = []
+    for folder, delta in zip(folders, deltas, strict=True):
+        found, _, _ = hf.read_adapter(folder, FISHER)
+        _check_alike(folder / FISHER, found, folder, delta, False)
+        for module, sides in found.items():
+            for side, value in sides.items():
+                if (value < 0).any():
+                    raise aim_jax.InputError(
+                        f"{folder / FISHER}: {_name(module, side)} has values below 0;"
+                        " they must be mean squares"
+                    )
+        fishers.append(found)
+    return fishers
+
+
+def _check_alike(
+    folder: pathlib.Path,
+    delta: dict[str, Any],
+    first: pathlib.Path,
+    theirs: dict[str, Any],
+    ranks: bool,
+) -> None:
+    """Raise InputError unless the tensors of two adapters go together.
+
+    ranks: whether their ranks may differ.
+    """
+    for module in sorted(delta.keys() ^ theirs.keys()):
+        lacks, has = (folder, first) if module in theirs else (first, folder)
+        raise aim_jax.InputError(f"{lacks}: no {_name(module, 'a')}, which {has} has")
+    for module, sides in delta.items():
+        for side, value in sides.items():
+            shape, other = value.shape, theirs[module][side].shape
+            if ranks:
+                axis = 0 if side == "a" else 1
+                shape, other = (s[:axis] + s[axis + 1 :] for s in (shape, other))
+            if shape != other:
+                cure = "; --space product merges adapters of other ranks"
+                same = (
+                    value.shape[side == "a"] == theirs[module][side].shape[side == "a"]
+                )
+                raise aim_jax.InputError(
+                    f"{folder}: {_name(module, side)} is {value.shape}, but"
+                    f" {theirs[module][side].shape} in {first}{cure if same else ''}"
+                )
+
+
+def _name(module: str, side: str) -> str:
+    return f"{module}.lora_{side.upper()}.weight"
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command: absl's arguments in, a folder out."""
+    values = flags.FLAGS
+    # As export does: an accelerator, which may be at work, is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        for name in ("method", "out"):
+            if not values[name].value:
+                raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
+        names = [f.name for f in dataclasses.fields(fusion.Rule) if f.name != "name"]
+        rule = fusion.Rule(
+            values.method, **{name: values[name].value for name in names}
+        )
+        folders = [hf.snapshot(a, "adapter", hf.ADAPTER_FILES) for a in argv[1:]]
+        weights = None
+        if values.weights is not None:
+            weights = [_number(text) for text in values.weights]
+        fuse(folders, rule, pathlib.Path(values.out), weights, values.rank)
+    except aim_jax.InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(values.out)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise aim_jax.InputError(f"--weights: '{text}' is no number") from None
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("method", None, fusion.RULES, "the rule")
+    flags.DEFINE_enum("space", "factor", fusion.SPACES, "A and B apart, or B A")
+    flags.DEFINE_string("out", None, "the folder to write")
+    flags.DEFINE_list("weights", None, "one an adapter, A,B,...; default: all 1")
+    flags.DEFINE_integer(
+        "rank", None, "product space: rank of the result; default: the largest"
+    )
+    rule = fusion.Rule
+    flags.DEFINE_float(
+        "scale",
+        rule.scale,
+        "factor of the result; default: 0.3 for task_arithmetic, else 1",
+    )
+    flags.DEFINE_float("density", rule.density, "ties, dare: part that is kept")
+    flags.DEFINE_enum(
+        "drop_into", rule.drop_into, ("linear", "ties"), "dare: what follows"
+    )
+    flags.DEFINE_bool(
+        "roots", rule.roots, "factor space: weights and scale as square roots (PEFT)"
+    )
+    flags.DEFINE_float("decay", rule.decay, "ema: what the average keeps of itself")
+    flags.DEFINE_float("fisher_floor", rule.fisher_floor, "fisher: added to F")
+    flags.DEFINE_float("split", rule.split, "opcm: share of S that is protected")
+    flags.DEFINE_integer("seed", rule.seed, "dare: of what is dropped")
+    app.run(main)
