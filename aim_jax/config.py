@@ -1,6 +1,7 @@
 """Experiment configs: frozen dataclasses, loaded from Python files, overridden by flags.
 
-A config file assigns `CONFIG = config.Config(...)`. Fields whose default is None and that
+A config file assigns `CONFIG = config.Config(...)`, or `CONFIGS`, a dict from names to
+configs, for a sweep. Fields whose default is None and that
 `PRESETS` lists take the value of the chosen preset (`method.preset`) unless they are set.
 """
 
@@ -9,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import runpy
 import types
 import typing
@@ -228,6 +230,20 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
     Raises InputError for a missing or broken file, a file without CONFIG, an unknown field
     (listing those there are) or a value that is of the wrong type or out of its range.
     """
+    configs = sweep(path, overrides)
+    if list(configs) != [""]:
+        raise aim_jax.InputError(
+            f"--config {path}: CONFIGS are several; a file with one CONFIG is needed here"
+        )
+    return configs[""]
+
+
+def sweep(path: str, overrides: Iterable[str] = ()) -> dict[str, Config]:
+    """Folder name -> config: those of CONFIGS in a Python file, or CONFIG under "".
+
+    Overrides go to every one. Raises InputError as `load`, and for a name that is no
+    folder's.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
@@ -236,18 +252,32 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
             f"--config: {what}; configs here: {', '.join(near) or 'none'}"
         )
     try:
-        config = runpy.run_path(str(file)).get("CONFIG")
+        found = runpy.run_path(str(file))
     except Exception as error:
         kind = type(error).__name__
         raise aim_jax.InputError(f"--config {path}: {kind}: {error}") from error
-    if not isinstance(config, Config):
+    configs = found.get("CONFIGS") or {"": found.get("CONFIG")}
+    if not isinstance(configs, dict) or not all(
+        isinstance(config, Config) for config in configs.values()
+    ):
         raise aim_jax.InputError(
-            f"--config {path}: must assign CONFIG = config.Config(...)"
+            f"--config {path}: must assign CONFIG = config.Config(...), or CONFIGS, a dict"
+            " from names to such configs"
         )
+    for name in configs:
+        if name and not re.fullmatch(r"[\w=,+-][\w=,+.-]*", str(name)):
+            raise aim_jax.InputError(
+                f"--config {path}: '{name}' in CONFIGS cannot name a folder; use letters,"
+                " digits and any of _ = , + . -"
+            )
+    return {str(name): _complete(config, overrides) for name, config in configs.items()}
+
+
+def _complete(config: Config, overrides: Iterable[str]) -> Config:
+    """`config` after overrides, with its presets filled in."""
     config = _typed(config)
     # The method decides which `method.*` fields there are, so its name comes first.
-    overrides = sorted(overrides, key=lambda o: not o.startswith("method.name="))
-    for text in overrides:
+    for text in sorted(overrides, key=lambda o: not o.startswith("method.name=")):
         config = override(config, text)
     return resolve(config)
 

@@ -2,24 +2,24 @@
 
 import os
 import pathlib
-import statistics
 import sys
-from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 import aim_jax
-from aim_jax import config, preemption, run
+from aim_jax import config, preemption, report, run
 
-_CONFIG = flags.DEFINE_string("config", None, "Python file that assigns CONFIG.")
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Python file that assigns CONFIG, or CONFIGS for a sweep."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if begun.")
-_SEEDS = flags.DEFINE_list("seeds", [], "One run for each, in WORKDIR/seed-N.")
+_SEEDS = flags.DEFINE_list("seeds", [], "One run for each, in a folder seed-N.")
 _SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
 
 
 def main(argv: list[str]) -> None:
-    """Load the config, run the stream, print the results."""
+    """Load the config or sweep, run what it asks for, print a table of the results."""
     if not flags.FLAGS["verbosity"].present:
         # JAX tells at level INFO which kinds of device are not there.
         logging.set_verbosity(logging.WARNING)
@@ -28,12 +28,13 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
-        cfg = config.load(_CONFIG.value or "", _SET.value)
+        configs = config.sweep(_CONFIG.value or "", _SET.value)
         if not _WORKDIR.value:
             raise aim_jax.InputError("--workdir: name the folder of the run")
+        workdir = pathlib.Path(_WORKDIR.value)
         cache_compilations()
         preemption.watch()
-        results = [run.run(c, f) for c, f in runs(cfg, pathlib.Path(_WORKDIR.value))]
+        failed = run_all(runs(configs, workdir))
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -43,38 +44,45 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    print(table(results))
+    print(report.text(report.results_table(report.load([workdir]))))
+    if failed:
+        print(f"error: {failed} runs failed, see above", file=sys.stderr)
+        sys.exit(2)
 
 
 def runs(
-    cfg: config.Config, folder: pathlib.Path
+    configs: dict[str, config.Config], workdir: pathlib.Path
 ) -> list[tuple[config.Config, pathlib.Path]]:
-    """Config and folder of each run: `folder` itself, or one below it for each seed."""
-    if not _SEEDS.value:
-        return [(cfg, folder)]
-    return [
-        (config.override(cfg, f"train.seed={seed}"), folder / f"seed-{int(seed)}")
-        for seed in _SEEDS.value
-    ]
+    """Config and folder of each run: `workdir`, below it /NAME in a sweep, /seed-N."""
+    found = [(cfg, workdir / name) for name, cfg in configs.items()]
+    if _SEEDS.value:
+        found = [
+            (config.override(cfg, f"train.seed={seed}"), folder / f"seed-{int(seed)}")
+            for cfg, folder in found
+            for seed in _SEEDS.value
+        ]
+    return found
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A line a run: method, seed, OP, FWT, BWT in percent, minutes; then their mean."""
-    rows = [
-        [*(r[k] for k in ("op", "fwt", "bwt")), r["seconds"]["total"] / 6000]
-        for r in results
-    ]
-    names = [f"{r['method']}, seed {r['seed']}" for r in results]
-    if len(rows) > 1:
-        columns = list(zip(*rows, strict=True))
-        for name, figure in (("mean", statistics.mean), ("std", statistics.stdev)):
-            names.append(name)
-            rows.append([None if None in c else figure(c) for c in columns])
-    lines = [f"{'':<20}" + "".join(f"{h:>9}" for h in ("OP", "FWT", "BWT", "minutes"))]
-    for name, row in zip(names, rows, strict=True):
-        cells = ("-" if value is None else f"{100 * value:.1f}" for value in row)
-        lines.append(f"{name:<20}" + "".join(f"{c:>9}" for c in cells))
-    return "\n".join(lines)
+def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
+    """Run each, and report on all together; how many of several failed.
+
+    One that fails stops no other: its error is printed and the next begins.
+    """
+    (cfg, folder), failed = planned[0], 0
+    if len(planned) == 1:
+        run.run(cfg, folder)
+        return 0
+    for cfg, folder in planned:
+        print(f"run {folder}")
+        try:
+            run.run(cfg, folder)
+        except aim_jax.InputError as error:
+            print(f"error: {folder}: {error}", file=sys.stderr)
+            failed += 1
+    workdir = pathlib.Path(_WORKDIR.value)
+    report.write([workdir], workdir / "report.html")
+    return failed
 
 
 def cache_compilations() -> None:

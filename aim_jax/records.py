@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import aim_jax
 
 Row = dict[str, Any]
+DEPTH = 3  # of folders in which runs are looked for
 
 
 class Task(NamedTuple):
@@ -108,7 +109,7 @@ class Run:
 
 
 def find(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """The run folders among `folders` and directly inside them, each once.
+    """The run folders among `folders` and up to DEPTH below them, each once.
 
     Raises InputError for a folder that is missing or leads to no run, and for no folder.
     """
@@ -116,17 +117,25 @@ def find(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     for folder in folders:
         if not folder.is_dir():
             raise aim_jax.InputError(f"{folder}: no such folder; give that of a run")
-        inside = sorted(p for p in folder.iterdir() if _is_run(p))
-        for run in [folder] if _is_run(folder) else inside:
-            found.setdefault(run.resolve(), run)
-        if not inside and not _is_run(folder):
+        runs = _runs(folder, DEPTH)
+        if not runs:
             raise aim_jax.InputError(
-                f"{folder}: no run here; neither it nor a folder directly in it has"
+                f"{folder}: no run here; neither it nor a folder up to {DEPTH} below it has"
                 " results.json or metrics.jsonl"
             )
+        for run in runs:
+            found.setdefault(run.resolve(), run)
     if not found:
         raise aim_jax.InputError("no folder given; give one or more of runs")
     return list(found.values())
+
+
+def _runs(folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
+    """The run folders in `folder`, itself included; a run holds no other."""
+    if _is_run(folder):
+        return [folder]
+    inside = sorted(p for p in folder.iterdir() if p.is_dir()) if depth else []
+    return [run for path in inside for run in _runs(path, depth - 1)]
 
 
 def load(path: pathlib.Path) -> Run:

@@ -2,7 +2,7 @@
 
     python -m aim_jax.report DIR [DIR ...] --out FILE.html
 
-DIR is the folder of a run, or a folder of such folders. FILE.md and FILE.json beside the
+DIR is the folder of a run, or one that holds such folders, at any depth up to three. FILE.md and FILE.json beside the
 page hold its tables. The page of a single run, written into the folder of that run, leaves
 its charts as files in DIR/plots/ too.
 """
@@ -148,7 +148,8 @@ def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     """
     if out.suffix != ".html" or out.is_dir():
         raise aim_jax.InputError(f"--out {out}: must be a file that ends in .html")
-    runs = [records.load(path) for path in records.find(dirs)]
+    groups = load(dirs)
+    runs = [run for g in groups for run in g.runs]
     twins = {out.with_suffix(s) for s in (".md", ".json")}
     for run in runs:
         for name in ("config.json", "results.json"):
@@ -157,7 +158,6 @@ def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
                     f"--out {out}: its JSON twin would replace {run.path / name};"
                     " choose another name"
                 )
-    groups = group(runs)
     summary = to_json(groups)
     files = {
         out.with_suffix(".md"): markdown(groups),
@@ -168,6 +168,11 @@ def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
         for name, drawing in plots.of_run(runs[0]).items():
             files[out.parent / "plots" / f"{name}.svg"] = svg.standalone(drawing)
     _replace(files)
+
+
+def load(dirs: Sequence[pathlib.Path]) -> list[Group]:
+    """The runs in and below `dirs`, in groups. Raises InputError as `records`."""
+    return group([records.load(path) for path in records.find(dirs)])
 
 
 # Tables
@@ -395,6 +400,20 @@ def published_note(runs: Sequence[records.Run]) -> str:
         )
     limited = limits(runs) if matches else ""
     return f"Runs on this page are limited: {limited}." if limited else ""
+
+
+def text(table: Table) -> str:
+    """A table for a terminal."""
+    widths = [
+        max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in table.numbers() else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [table.head, *table.rows]
+    )
 
 
 def command(run: records.Run) -> str | None:

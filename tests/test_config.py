@@ -393,6 +393,15 @@ def test_a_missing_file_where_there_are_no_configs(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("", "must assign CONFIG = config.Config(...)"),
+        ("CONFIGS = {'a': 1}\n", "or CONFIGS, a dict from names to such configs"),
+        (
+            "from aim_jax import config\nCONFIGS = {'../a': config.Config()}\n",
+            "'../a' in CONFIGS cannot name a folder",
+        ),
+        (
+            "from aim_jax import config\nCONFIGS = {'a': config.Config()}\n",
+            "CONFIGS are several",
+        ),
         ("CONFIG = {'train': {}}\n", "must assign CONFIG = config.Config(...)"),
         ("CONFIG = (\n", "SyntaxError: "),
         ("import nothing_of_this_name\n", "ModuleNotFoundError: No module named"),
@@ -407,7 +416,17 @@ def test_a_missing_file_where_there_are_no_configs(tmp_path, monkeypatch):
             "method.name: no method 'aims'; there are ",
         ),
     ],
-    ids=["empty", "other type", "syntax", "import", "unknown field", "method"],
+    ids=[
+        "empty",
+        "values",
+        "name",
+        "sweep",
+        "other type",
+        "syntax",
+        "import",
+        "unknown field",
+        "method",
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
     file = write(tmp_path, text)

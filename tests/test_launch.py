@@ -1,5 +1,6 @@
 """The commands: shell scripts with a stand-in for Python, and what main says when it ends."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -10,7 +11,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from aim_jax import main, run
+import aim_jax
+from aim_jax import config, main, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
@@ -252,17 +254,75 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-def test_results_are_printed_in_percent(call, capsys, monkeypatch, tmp_path):
-    seen = []
+def stand_in(seen, fails=()):
+    """A `run.run` that only leaves results, op that of the seed; it fails on seeds."""
 
     def finish(cfg, folder):
-        seen.append((cfg.train.epochs, folder))
-        scores = {"op": 0.5, "fwt": None, "bwt": -0.0125}
-        return scores | {"method": "aim", "seed": 42, "seconds": {"total": 90.0}}
+        seen.append((cfg, folder))
+        if cfg.train.seed in fails:
+            raise aim_jax.InputError("it went wrong")
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {"method": cfg.method.name, "seed": cfg.train.seed, "tasks": []}
+        results |= {"op": cfg.train.seed / 10, "fwt": None, "bwt": -0.0125}
+        results["seconds"] = {"total": 90.0}
+        (folder / "config.json").write_text(json.dumps(config.to_json(cfg)))
+        (folder / "results.json").write_text(json.dumps(results))
 
-    monkeypatch.setattr(run, "run", finish)
-    call(set=["train.epochs=3"])
-    assert seen == [(3, tmp_path / "run")]
+    return finish
+
+
+def test_results_are_printed_in_percent(call, capsys, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(run, "run", stand_in(seen))
+    call(set=["train.epochs=3", "train.seed=5"])
+    assert [(c.train.epochs, f) for c, f in seen] == [(3, tmp_path / "run")]
     heads, cells = capsys.readouterr().out.splitlines()
-    assert heads.split() == ["OP", "FWT", "BWT", "minutes"]
-    assert cells.split() == ["aim,", "seed", "42", "50.0", "-", "-1.2", "1.5"]
+    assert heads.split()[:8] == ["method", "OP", "%", "FWT", "%", "BWT", "%", "minutes"]
+    assert cells.split() == ["aim", "50.0", "–", "-1.2", "1.5", "–", "0", "1"]
+    assert not (tmp_path / "run" / "report.html").exists(), "a run writes its own"
+
+
+SWEEP = """
+from aim_jax import config
+from aim_jax.methods import aim, sequential
+
+CONFIGS = {
+    name: config.Config(method=method)
+    for name, method in {"ours": aim.Options(), "plain": sequential.Options()}.items()
+}
+"""
+
+
+def test_a_sweep_runs_all_its_configs_and_seeds(call, capsys, monkeypatch, tmp_path):
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    seen, runs = [], tmp_path / "run"
+    monkeypatch.setattr(run, "run", stand_in(seen))
+    call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"], set=["lora.r=2"])
+    assert [(c.method.name, c.train.seed, c.lora.r, f) for c, f in seen] == [
+        (method, seed, 2, runs / name / f"seed-{seed}")
+        for name, method in (("ours", "aim"), ("plain", "sequential"))
+        for seed in (1, 3)
+    ]
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split()[:4] for row in table] == [
+        ["aim", "20.0", "±", "14.1"],
+        ["sequential", "20.0", "±", "14.1"],
+    ]
+    twin = json.loads((runs / "report.json").read_text())
+    assert [row["op"]["n"] for row in twin["summary"]] == [2, 2]
+
+
+def test_a_run_that_fails_stops_no_other(call, capsys, monkeypatch, tmp_path):
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    seen = []
+    monkeypatch.setattr(run, "run", stand_in(seen, fails={1}))
+    with pytest.raises(SystemExit) as ended:
+        call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"])
+    assert ended.value.code == 2 and len(seen) == 4
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"error: {tmp_path}/run/ours/seed-1: it went wrong",
+        f"error: {tmp_path}/run/plain/seed-1: it went wrong",
+        "error: 2 runs failed, see above",
+    ]
+    assert len(out.splitlines()[-2].split("±")) == 1, "one seed has no deviation"

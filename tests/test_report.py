@@ -553,6 +553,10 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(aim_jax.InputError, match="empty: no run here"):
         report.write([tmp_path / "empty"], tmp_path / "out.html")
+    deep = tmp_path / "a" / "b" / "c" / "d"
+    make_run(deep)
+    with pytest.raises(aim_jax.InputError, match="up to 3 below it has"):
+        report.write([tmp_path / "a" / ".."], tmp_path / "out.html")
     with pytest.raises(aim_jax.InputError, match="no folder given"):
         report.write([], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
