@@ -1,7 +1,7 @@
 """Scores of predictions, and OP, BWT and FWT of the score matrix.
 
 Labels and predictions are compared lower-cased and stripped; nothing is ever evaluated as
-code. `SCORINGS` names the ways published scripts differ.
+code. `SCHEMES` names the ways published scripts differ.
 """
 
 import dataclasses
@@ -39,22 +39,6 @@ def score_row(
     return float(METRICS[metric]((remap or {}).get(text, text), label))
 
 
-def score(
-    metric: str,
-    predictions: Sequence[str],
-    labels: Sequence[str],
-    remap: Mapping[str, str] | None = None,
-) -> float:
-    """The mean score of a task's predictions, in [0, 1].
-
-    Raises ValueError without predictions, or if there are more or fewer than labels.
-    """
-    if not predictions:
-        raise ValueError("no predictions to score")
-    pairs = zip(predictions, labels, strict=True)
-    return sum(score_row(metric, p, y, remap) for p, y in pairs) / len(predictions)
-
-
 @dataclasses.dataclass(frozen=True)
 class Scoring:
     """How a task is scored where published scripts differ; the defaults are sound.
@@ -69,26 +53,89 @@ class Scoring:
     decimals: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Scoring of the tasks for each of OP, BWT and FWT, and what divides BWT (see `bwt`)."""
+
+    op: Scoring = Scoring()
+    bwt: Scoring = Scoring()
+    fwt: Scoring = Scoring()
+    bwt_over: str = "earlier"
+
+
 # The PyTorch release has a script for OP, one for BWT and one for FWT. The latter two lack
 # the remap, and the last lists task195 where it means task1687.
-SCORINGS = {
-    "sound": Scoring(),
-    "release_op": Scoring(decimals=4),
-    "release_bwt": Scoring(remap=False),
-    "release_fwt": Scoring(remap=False, rouge_l=("task1687",)),
+SCHEMES = {
+    "sound": Scheme(),
+    "release": Scheme(
+        op=Scoring(decimals=4),
+        bwt=Scoring(remap=False),
+        fwt=Scoring(remap=False, rouge_l=("task1687",)),
+    ),
 }
 
 
-def score_task(
-    task: Any,
-    predictions: Sequence[str],
-    labels: Sequence[str],
-    scoring: Scoring = SCORINGS["sound"],
-) -> float:
-    """The mean score of a `tasks.Task` (its name, metric and remap) under `scoring`."""
+def scheme(text: str) -> Scheme:
+    """The scheme that `NAME,option=value,...` stands for; without a NAME it is `sound`.
+
+    Options: bwt_over=earlier|all; for all three scores remap=true|false,
+    rouge_l=TASK+TASK, decimals=N|none. Raises InputError that lists what there is.
+    """
+    name, *options = text.split(",")
+    if "=" in name:
+        name, options = "sound", [name, *options]
+    if name not in SCHEMES:
+        raise aim_jax.InputError(
+            f"--scoring: no '{name}'; there are {', '.join(SCHEMES)}"
+        )
+    found = SCHEMES[name]
+    for option in options:
+        field, _, value = option.partition("=")
+        if field not in _OPTIONS or not _OPTIONS[field][0](value):
+            known = ", ".join(f"{k}={words}" for k, (_, words) in _OPTIONS.items())
+            raise aim_jax.InputError(f"--scoring: no '{option}'; there are {known}")
+        if field == "bwt_over":
+            found = dataclasses.replace(found, bwt_over=value)
+            continue
+        parsed = {
+            "remap": value == "true",
+            "rouge_l": tuple(value.split("+")),
+            "decimals": int(value) if value.isdigit() else None,
+        }[field]
+        parts = {
+            k: dataclasses.replace(getattr(found, k), **{field: parsed})
+            for k in ("op", "bwt", "fwt")
+        }
+        found = dataclasses.replace(found, **parts)
+    return found
+
+
+_OPTIONS = {
+    "bwt_over": (("earlier", "all").__contains__, "earlier|all"),
+    "remap": (("true", "false").__contains__, "true|false"),
+    "rouge_l": (bool, "TASK+TASK"),
+    "decimals": (lambda value: value == "none" or value.isdigit(), "N|none"),
+}
+
+
+def relevant(task: Any, scoring: Scoring) -> Scoring:
+    """The part of `scoring` that decides the scores of the rows of a `tasks.Task`."""
+    named = (task.name,) if task.name in scoring.rouge_l else ()
+    return Scoring(scoring.remap and bool(task.remap), named)
+
+
+def score_rows(
+    task: Any, rows: Sequence[Mapping[str, str]], scoring: Scoring = Scoring()
+) -> list[float]:
+    """The score of each {"prediction", "label"} of a `tasks.Task`, in [0, 1]."""
     metric = "rouge_l" if task.name in scoring.rouge_l else task.metric
     remap = task.remap if scoring.remap else None
-    value = score(metric, predictions, labels, remap)
+    return [score_row(metric, r["prediction"], r["label"], remap) for r in rows]
+
+
+def mean(scores: Sequence[float], scoring: Scoring = Scoring()) -> float:
+    """The score of a task whose rows have `scores`."""
+    value = sum(scores) / len(scores)
     return value if scoring.decimals is None else round(value, scoring.decimals)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import aim_jax
 
 Row = dict[str, Any]
+PREDICTION = ("id", "input", "label", "prediction", "score")  # fields of such a row
 DEPTH = 3  # of folders in which runs are looked for
 
 
@@ -148,18 +149,18 @@ def load(path: pathlib.Path) -> Run:
     _check(results, _RESULTS, str(path / "results.json"))
     finished = bool(results.get("finished", results.get("op") is not None))
     notes = [] if results else ["there is no results.json yet"]
-    rows = _rows(path / "metrics.jsonl", ("task", "name", "step"), finished, notes)
-    merges = _rows(path / "merges.jsonl", ("task", "name", "step"), finished, notes)
+    logged = rows(path / "metrics.jsonl", ("task", "name", "step"), finished, notes)
+    merges = rows(path / "merges.jsonl", ("task", "name", "step"), finished, notes)
     predictions = _predictions(path, finished, notes)
     settings = flatten(settings)
     names = list(results.get("tasks") or settings.get("data.tasks") or [])
-    count = max([len(results.get("matrix") or []), *(r["task"] + 1 for r in rows)])
+    count = max([len(results.get("matrix") or []), *(r["task"] + 1 for r in logged)])
     names += [f"task {i + 1}" for i in range(len(names), count)]
-    for row in rows:
+    for row in logged:
         names[row["task"]] = row["name"]
     tasks = []
     for i, name in enumerate(names):
-        own = [r for r in rows if r["task"] == i]
+        own = [r for r in logged if r["task"] == i]
         steps = [r for r in own if "validation" not in r]
         checks = [r for r in own if "validation" in r]
         merged = [r for r in merges if r["task"] == i]
@@ -228,6 +229,7 @@ _RESULTS: dict[str, _Kind] = {
         lambda v: isinstance(v, list) and all(map(_is_scores, v)),
     ),
     "single": ("a list of scores", _is_scores),
+    "metrics": ("a list of names", lambda v: isinstance(v, list)),
     **dict.fromkeys(
         ("seconds", "work"),
         (
@@ -277,12 +279,12 @@ def _check(values: Row, kinds: dict[str, _Kind], where: str) -> None:
             raise aim_jax.InputError(f"{where}: field '{field}' must be {words}")
 
 
-def _rows(
+def rows(
     file: pathlib.Path, need: tuple[str, ...], finished: bool, notes: list[str]
 ) -> list[Row]:
     """The rows of a JSON-lines file, which have the fields `need`; none without a file."""
     lines = _text(file).split("\n") if file.is_file() else []
-    rows = []
+    found = []
     for number, line in enumerate(lines, 1):
         where = f"{file}:{number}"
         if not line.strip():
@@ -298,8 +300,8 @@ def _rows(
             if row.get(field) is None:
                 raise aim_jax.InputError(f"{where}: field '{field}' is missing")
         _check(row, _FIELDS, where)
-        rows.append(row)
-    return rows
+        found.append(row)
+    return found
 
 
 def _predictions(
@@ -316,8 +318,7 @@ def _predictions(
                 own[file.stem] = file
 
     def read(file: pathlib.Path) -> list[Row]:
-        need = ("id", "input", "label", "prediction", "score")
-        return _rows(file, need, finished, notes)
+        return rows(file, PREDICTION, finished, notes)
 
     return {
         name: (

@@ -1,10 +1,12 @@
 """The report of runs, finished or not: one page that opens without a network.
 
-    python -m aim_jax.report DIR [DIR ...] --out FILE.html
+    python -m aim_jax.report DIR [DIR ...] --out FILE.html [--scoring SCHEME]
 
 DIR is the folder of a run, or one that holds such folders, at any depth up to three. FILE.md and FILE.json beside the
 page hold its tables. The page of a single run, written into the folder of that run, leaves
-its charts as files in DIR/plots/ too.
+its charts as files in DIR/plots/ too. SCHEME scores the predictions anew, without a model:
+`sound`, or `release` as the PyTorch release's scripts do, with options behind commas
+(`metrics.scheme`): `sound,bwt_over=all`.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, plots, published, records, svg
+from aim_jax import config, plots, published, records, rescore, svg
 
 PREDICTIONS = 50  # rows shown of a task
 LETTERS = 400  # shown of an input
@@ -141,14 +143,17 @@ class Table(NamedTuple):
         return range(self.left, len(self.head) - self.right)
 
 
-def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
+def write(
+    dirs: Sequence[pathlib.Path], out: pathlib.Path, scoring: str | None = None
+) -> None:
     """Write the page `out` about the runs in `dirs`, and its twins beside it.
 
+    scoring: a scheme by which predictions are scored anew (`metrics.scheme`).
     Raises InputError before anything is written if a folder or a file is no good.
     """
     if out.suffix != ".html" or out.is_dir():
         raise aim_jax.InputError(f"--out {out}: must be a file that ends in .html")
-    groups = load(dirs)
+    groups = load(dirs, scoring)
     runs = [run for g in groups for run in g.runs]
     twins = {out.with_suffix(s) for s in (".md", ".json")}
     for run in runs:
@@ -170,9 +175,10 @@ def write(dirs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     _replace(files)
 
 
-def load(dirs: Sequence[pathlib.Path]) -> list[Group]:
+def load(dirs: Sequence[pathlib.Path], scoring: str | None = None) -> list[Group]:
     """The runs in and below `dirs`, in groups. Raises InputError as `records`."""
-    return group([records.load(path) for path in records.find(dirs)])
+    runs = [records.load(path) for path in records.find(dirs)]
+    return group([rescore.rescore(r, scoring) for r in runs] if scoring else runs)
 
 
 # Tables
@@ -393,7 +399,7 @@ def published_note(runs: Sequence[records.Run]) -> str:
     matches = published.matching(runs)
     others = {e["model"] for run in runs for e in published.same_benchmark(run)}
     if not matches and others:
-        names = {pathlib.PurePath(r.settings["model.path"]).name for r in runs}
+        names = {pathlib.PurePath(str(r.settings.get("model.path"))).name for r in runs}
         return (
             f"No number is published for this benchmark and {', '.join(sorted(names))};"
             f" there are some for {', '.join(sorted(others))}."
@@ -578,7 +584,9 @@ def _sources(runs: Sequence[tuple[str, records.Run]]) -> str:
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     left = sum(not r.finished for _, r in runs)
     tag = f' <span class="tag">{left} unfinished</span>' if left else ""
-    return f"{count}, written {_e(span)}{tag}"
+    scoring = runs[0][1].results.get("scoring")
+    anew = f"; predictions scored anew: {_e(scoring)}" if scoring else ""
+    return f"{count}, written {_e(span)}{anew}{tag}"
 
 
 def _merges_table(task: records.Task) -> Table:
@@ -600,6 +608,7 @@ def _facts(run: records.Run) -> list[tuple[str, str]]:
         ("seed", "unknown" if run.seed is None else str(run.seed)),
         ("model", str(run.settings.get("model.path", "unknown"))),
         ("data", _data(run)),
+        ("scoring", run.results.get("scoring", "of the run")),
         ("files", f"{run.path}, {run.date}"),
         ("command", command(run) or "unknown: there is no config.json"),
     ]
@@ -764,7 +773,7 @@ def main(argv: Sequence[str]) -> None:
                 "--out FILE.html is missing: where to write the page"
             )
         out = pathlib.Path(flags.FLAGS.out)
-        write([pathlib.Path(a) for a in argv[1:]], out)
+        write([pathlib.Path(a) for a in argv[1:]], out, flags.FLAGS.scoring)
     except aim_jax.InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -775,4 +784,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "the page to write, FILE.html")
+    flags.DEFINE_string("scoring", None, "score predictions anew: sound, release, ...")
     app.run(main)

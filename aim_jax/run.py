@@ -492,7 +492,7 @@ def evaluate_task(
     for task in job.stream[: number + 1]:
         rows = predict(job, delta, task)
         logs.write_rows(folder / f"{task.name}.jsonl", rows)
-        scores.append(sum(r["score"] for r in rows) / len(rows))
+        scores.append(metrics.mean([r["score"] for r in rows]))
     seconds["evaluate"] += time.perf_counter() - began
     return scores
 
@@ -528,8 +528,8 @@ def single_score(
 ) -> float:
     """Score of a fresh adapter trained on task `number` alone, for FWT.
 
-    It does not depend on the method, so it is kept beside the run, in `single/`, for
-    every run of the same data, model and training.
+    It does not depend on the method, so its predictions are kept beside the run, in
+    `single/`, for every run of the same data, model and training, and copied into it.
     """
     task = job.stream[number]
     data = {
@@ -541,9 +541,18 @@ def single_score(
         data["data"].pop(field)
     key = json.dumps([data, task.name, job.base.fingerprint], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    file = job.folder.parent / "single" / f"{task.name}-{digest}.json"
-    if file.is_file():
-        return json.loads(file.read_text())["score"]
+    file = job.folder.parent / "single" / f"{task.name}-{digest}.jsonl"
+    if not file.is_file():
+        logs.write_rows(file, learn_alone(job, task, inputs, seconds))
+    text = file.read_text("utf-8")
+    logs.write(job.folder / "predictions" / "single" / f"{task.name}.jsonl", text)
+    return metrics.mean([json.loads(x)["score"] for x in text.split("\n") if x])
+
+
+def learn_alone(
+    job: Job, task: tasks.Task, inputs: dict[str, str], seconds: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Predictions of a fresh adapter trained on `task` alone."""
     began = time.perf_counter()
     cfg = job.cfg.train
     rows, held = task.train, tasks.validation([task], cfg.validation_rows)
@@ -568,10 +577,8 @@ def single_score(
         with bar:
             place = train(apart, method, alone, place, log, save)
     made = predict(job, place.state.delta, task)
-    score = sum(r["score"] for r in made) / len(made)
     seconds["single"] += time.perf_counter() - began
-    logs.write(file, json.dumps({"task": task.name, "score": score}))
-    return score
+    return made
 
 
 def write_results(

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+import aim_jax
 from aim_jax import metrics
 from aim_jax.data import tasks
 
@@ -57,18 +58,17 @@ def test_rouge_l_is_f1_of_the_longest_common_subsequence_of_stems():
 
 
 def test_score_is_a_mean_and_remaps_predictions_but_not_labels():
-    remap = {"pos": "p", "neg": "n"}
-    predictions, labels = ["POS", "n", "neg ", "p"], ["P", "N", "P", "pos"]
-    assert metrics.score("exact", predictions, labels) == 0.25
-    assert metrics.score("exact", predictions, labels, remap) == 0.5
-    assert metrics.score_row("exact", "Pos", "p", remap) == 1.0
-
-
-def test_score_refuses_nothing_and_lengths_that_differ():
-    with pytest.raises(ValueError, match="no predictions"):
-        metrics.score("exact", [], [])
-    with pytest.raises(ValueError):
-        metrics.score("exact", ["a"], ["a", "b"])
+    task = tasks.Task("task", "exact", [], [], [], {"pos": "p", "neg": "n"})
+    rows = [
+        {"prediction": prediction, "label": label}
+        for prediction, label in zip(
+            ["POS", "n", "neg ", "p"], ["P", "N", "P", "pos"], strict=True
+        )
+    ]
+    scores = metrics.score_rows(task, rows)
+    assert scores == [1, 1, 0, 0] and metrics.mean(scores) == 0.5
+    assert metrics.score_rows(task, rows, metrics.Scoring(remap=False)) == [0, 1, 0, 0]
+    assert metrics.score_row("exact", "Pos", "p", task.remap) == 1.0
 
 
 def test_op_bwt_fwt_by_hand():
@@ -101,6 +101,33 @@ def test_what_is_unknown_is_none_and_not_a_number():
         metrics.bwt([[0.5], [0.5, 0.5]], "none")
 
 
+def test_schemes_are_read_from_text():
+    assert metrics.scheme("sound") == metrics.Scheme()
+    assert metrics.scheme("release") == metrics.SCHEMES["release"]
+    assert metrics.scheme("bwt_over=all") == metrics.Scheme(bwt_over="all")
+    found = metrics.scheme("release,remap=true,rouge_l=a+b,decimals=2,decimals=none")
+    plain = metrics.Scoring(rouge_l=("a", "b"))
+    assert found == metrics.Scheme(plain, plain, plain)
+    assert metrics.scheme("sound,decimals=2").fwt.decimals == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "paper",
+        "sound,remap",
+        "sound,remap=yes",
+        "bwt_over=some",
+        "decimals=-1",
+        "x=1",
+    ],
+)
+def test_bad_schemes_list_what_there_is(text):
+    with pytest.raises(aim_jax.InputError, match="^--scoring: no '.*there are"):
+        metrics.scheme(text)
+
+
 def test_importing_metrics_leaves_out_the_slow_package():
     code = "import sys, aim_jax.metrics; sys.exit('rouge_score' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -113,11 +140,12 @@ def test_recorded_run_has_the_published_op_bwt_and_fwt():
 
     def scores(kind):
         return [
-            metrics.score(
-                "exact",
-                *zip(*((r["prediction"], r["label"]) for r in rows), strict=True),
+            metrics.mean(
+                metrics.score_rows(
+                    tasks.Task(name, "exact", [], [], []), predictions[kind][name]
+                )
             )
-            for rows in (predictions[kind][name] for name in expected["order"])
+            for name in expected["order"]
         ]
 
     for rows in (r for kind in predictions.values() for r in kind.values()):
@@ -138,15 +166,13 @@ def test_recorded_run_has_the_published_op_bwt_and_fwt():
 def test_scorings_reproduce_the_three_superni_scripts():
     data = recorded("superni_metrics.json.gz")
 
+    release, sound = (metrics.SCHEMES[name] for name in ("release", "sound"))
+
     def scores(kind, scoring):
+        found = data["predictions"][kind]
         return [
-            metrics.score_task(
-                superni(name),
-                [row["prediction"] for row in data["predictions"][kind][name]],
-                [row["label"] for row in data["predictions"][kind][name]],
-                metrics.SCORINGS[scoring],
-            )
-            for name in data["order"]
+            metrics.mean(metrics.score_rows(superni(n), found[n], scoring), scoring)
+            for n in data["order"]
         ]
 
     def matrix(right_after, final):
@@ -154,18 +180,18 @@ def test_scorings_reproduce_the_three_superni_scripts():
         return [*rows, final]
 
     close = {"rel": 0, "abs": 1e-12}
-    final = scores("avgPerf", "release_op")
+    final = scores("avgPerf", release.op)
     assert final == data["per_task_rounded4"]
     assert metrics.op([*[[]] * 14, final]) == pytest.approx(
         data["average_performance"], **close
     )
 
-    final, after = scores("avgPerf", "release_bwt"), scores("bwt", "release_bwt")
+    final, after = scores("avgPerf", release.bwt), scores("bwt", release.bwt)
     assert final[:-1] == pytest.approx(data["bwt_final"], **close)
     assert after[:-1] == pytest.approx(data["bwt_right_after"], **close)
     assert metrics.bwt(matrix(after, final)) == pytest.approx(data["bwt"], **close)
 
-    after, single = scores("bwt", "release_fwt"), scores("fwt", "release_fwt")
+    after, single = scores("bwt", release.fwt), scores("fwt", release.fwt)
     assert after == pytest.approx(data["fwt_right_after"], **close)
     assert single == pytest.approx(data["fwt_single_task"], **close)
     assert metrics.fwt(matrix(after, after), single) == pytest.approx(
@@ -174,8 +200,8 @@ def test_scorings_reproduce_the_three_superni_scripts():
 
     # The options matter: the sound scoring keeps the remap in all three, does not round,
     # and scores task1687 by exact match.
-    sound = scores("bwt", "sound")
+    known = scores("bwt", sound.op)
     i, j = data["order"].index("task363"), data["order"].index("task1687")
-    assert sound[i] > data["bwt_right_after"][i]
-    assert sound[j] != data["fwt_right_after"][j]
-    assert scores("avgPerf", "sound") != data["per_task_rounded4"]
+    assert known[i] > data["bwt_right_after"][i]
+    assert known[j] != data["fwt_right_after"][j]
+    assert scores("avgPerf", sound.op) != data["per_task_rounded4"]

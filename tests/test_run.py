@@ -77,7 +77,12 @@ def test_results_and_files(whole):
     assert results["fwt"] == pytest.approx(
         np.mean([matrix[j][j] - results["single"][j] for j in range(3)])
     )
-    assert len(list((folder.parent / "single").glob("*.json"))) == 3
+    assert len(list((folder.parent / "single").glob("*.jsonl"))) == 3
+    for j, task in enumerate(TASKS):
+        made = rows(folder / "predictions" / "single", f"{task}.jsonl")
+        assert np.mean([r["score"] for r in made]) == pytest.approx(
+            results["single"][j]
+        )
     for i in range(3):
         names = {f"{t}.jsonl" for t in TASKS[: i + 1]}
         found = folder / "predictions" / f"{i:02d}-{TASKS[i]}"
