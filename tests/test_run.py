@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import random
 import shutil
+import signal
 
+import crash
 import jax
 import numpy as np
 import pytest
@@ -115,7 +118,7 @@ def test_a_finished_run_says_so_and_computes_nothing(whole, capsys, monkeypatch)
     assert "finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task, step", [(0, 3), (1, 1), (1, 7), (2, 12)])
+@pytest.mark.parametrize("task, step", [(0, 3), (1, 7)])
 def test_a_stopped_run_ends_as_the_unbroken_one(
     whole, tmp_path, monkeypatch, task, step
 ):
@@ -144,6 +147,33 @@ def test_a_stopped_run_ends_as_the_unbroken_one(
     for number in range(3):
         ours, theirs = adapter(folder, number), adapter(whole[0], number)
         assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_killed_and_preempted_it_ends_as_the_unbroken_one(whole, tmp_path):
+    folder = tmp_path / "killed" / "run"
+    strikes = [
+        ("step", 5, 0.0, signal.SIGTERM),
+        ("evaluate", 2, 0.01, signal.SIGTERM),
+        ("save", 2, random.uniform(0, 0.05), signal.SIGKILL),
+        ("rehearse", 2, random.uniform(0, 0.05), signal.SIGKILL),
+    ]
+    for phase, count, delay, number in strikes:
+        process = crash.Process(folder, "checkpoint.steps=2")
+        assert process.strike(phase, count, delay, number), phase
+        code, errors = process.end()
+        if number == signal.SIGKILL:
+            assert code == -number
+        else:
+            assert code == 0 and "the same command goes on from here" in errors
+            assert not (folder / "results.json").exists() or phase == "evaluate"
+    code, errors = crash.Process(folder).end()
+    assert code == 0, errors
+    assert not crash.differences(crash.outcome(folder), crash.outcome(whole[0]))
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_lose_nothing(tmp_path):
+    assert crash.random_kills(tmp_path, 20, random.randrange(1000)).total() == 20
 
 
 def test_speculation_gives_the_plain_trajectory_bitwise(whole, tmp_path):
