@@ -4,12 +4,14 @@ A checkpoint is a tree of arrays and a JSON of facts, written together, atomical
 the background, with a hash of both. The base model is never part of it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import pathlib
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,12 +26,18 @@ Checkpointer = ocp.training.Checkpointer
 HASH = "sha256"  # a fact of its own
 
 
-def open(folder: pathlib.Path, keep: int) -> Checkpointer:
-    """A context manager over the checkpoints in `folder`; the last `keep` stay."""
+@contextlib.contextmanager
+def open(folder: pathlib.Path, keep: int) -> Iterator[Checkpointer]:
+    """The checkpoints in `folder`, of which the last `keep` stay.
+
+    When the context is left, all is on disk, or InputError raised.
+    """
     policy = ocp.training.preservation_policies.LatestN(keep)
-    return Checkpointer(
+    with Checkpointer(
         folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
-    )
+    ) as checkpointer:
+        yield checkpointer
+        wait(checkpointer)
 
 
 def age(checkpointer: Checkpointer) -> float:

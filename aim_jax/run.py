@@ -104,7 +104,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
     if done:
         print(f"{folder}: this run is finished; its results are:")
         if not (folder / "report.html").is_file():
-            report.write([folder], folder / "report.html")
+            write_report(folder)
         return done
     began = time.perf_counter()
     job = prepare(cfg, folder)
@@ -143,9 +143,16 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         single = [single_score(job, n, inputs, seconds) for n in range(len(counts))]
     seconds["total"] = before + time.perf_counter() - began
     results = write_results(job, facts, single, finished=True)
-    report.write([folder], folder / "report.html")
+    write_report(folder)
     shutil.rmtree(folder / "single", ignore_errors=True)
     return results
+
+
+def write_report(folder: pathlib.Path) -> None:
+    """Write the report of the run in `folder`."""
+    page = folder / "report.html"
+    with logs.writing(page):
+        report.write([folder], page)
 
 
 def claim(cfg: config.Config, folder: pathlib.Path) -> None:
@@ -395,13 +402,15 @@ def train_task(
             logs.show(bar, {name: row.get(name) for name in names})
 
     place = train(job, job.method, task, place, log, save)
-    hf.save_adapter(
-        job.folder / "adapters" / _numbered(job, number),
-        place.state.delta,
-        job.base.keys,
-        job.cfg.lora,
-        job.cfg.model.path,
-    )
+    folder = job.folder / "adapters" / _numbered(job, number)
+    with logs.writing(folder):
+        hf.save_adapter(
+            folder,
+            place.state.delta,
+            job.base.keys,
+            job.cfg.lora,
+            job.cfg.model.path,
+        )
     seconds["train"] += time.perf_counter() - began
     return place
 

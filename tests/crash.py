@@ -109,8 +109,9 @@ def random_kills(folder: pathlib.Path, kills: int, seed: int) -> collections.Cou
         process = Process(place, f"checkpoint.steps={rng.choice((1, 2, 5, 200))}")
         if struck.total() < kills:
             delay = rng.uniform(0, PHASES[phase])
-            hit = process.strike(phase, rng.randint(1, 6), delay, signal.SIGKILL)
+            hit = process.strike(phase, rng.randint(1, 2), delay, signal.SIGKILL)
             struck[phase] += hit
+            print(f"{number:03d} {phase} {'killed' if hit else ''}", flush=True)
         else:
             hit = False
         code, errors = process.end()

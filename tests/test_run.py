@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ import aim_jax
 from aim_jax import checkpoint, config, logs, methods, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential
+from aim_jax.models import hf
 
 TASKS = synthetic.STREAM[:3]
 SIZES = (synthetic.TRAIN, synthetic.DEV, synthetic.TEST)
@@ -317,6 +319,97 @@ def test_a_foreign_folder_is_refused(tmp_path):
     with pytest.raises(aim_jax.InputError, match="not empty and holds no run"):
         run.run(make(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    """A copy of the run that has yet to write its results."""
+    folder = tmp_path / "unfinished" / "run"
+    shutil.copytree(whole[0], folder)
+    (folder / "results.json").unlink()
+    return folder
+
+
+def test_data_that_changed_since_the_run_began_is_named(unfinished, monkeypatch):
+    real = synthetic.task
+
+    def changed(name, *args):
+        splits = real(name, *args)
+        if name == TASKS[1]:
+            splits["dev"][3]["output"] += "s"
+        return splits
+
+    monkeypatch.setattr(synthetic, "task", changed)
+    with pytest.raises(aim_jax.InputError) as error:
+        run.run(make(eval__fwt=True), unfinished)
+    assert str(error.value).startswith(
+        f"the dev rows of task '{TASKS[1]}': changed since {unfinished} was begun"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_base_that_changed_since_the_run_began_is_named(
+    unfinished, tmp_path, monkeypatch, name
+):
+    assets = tmp_path / "assets"
+    shutil.copytree(hf.ASSETS, assets)
+    data = bytearray((assets / name).read_bytes())
+    # White space keeps a JSON file what it was.
+    where = data.index(b": ") + 1 if name.endswith("json") else len(data) // 2 + 1
+    data[where] = ord("\n") if name.endswith("json") else data[where] ^ 1
+    (assets / name).write_bytes(data)
+    monkeypatch.setattr(hf, "ASSETS", assets)
+    with pytest.raises(
+        aim_jax.InputError, match="^model.path 'embedded': changed since"
+    ):
+        run.run(make(eval__fwt=True), unfinished)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(unfinished):
+    shutil.rmtree(unfinished / "checkpoints")
+    with pytest.raises(aim_jax.InputError, match="was begun, but .* no checkpoint"):
+        run.run(make(eval__fwt=True), unfinished)
+    assert rows(unfinished, logs.METRICS)
+
+
+def test_two_processes_do_not_share_a_run(unfinished):
+    with logs.alone(unfinished):
+        with pytest.raises(aim_jax.InputError, match="another process is at work"):
+            run.run(make(eval__fwt=True), unfinished)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path, monkeypatch):
+    # Root may write anywhere but on what is mounted so.
+    monkeypatch.setattr(run.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(aim_jax.InputError, match=f"'{tmp_path}' cannot be written to"):
+        run.run(make(), tmp_path / "a" / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_killed_while_it_wrote_its_config_begins_anew(tmp_path):
+    (tmp_path / "config.json.123.part").write_text("{")
+    run.claim(make(), tmp_path)
+
+
+def test_a_finished_run_without_its_report_writes_it(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    (folder / "report.html").unlink()
+    run.run(make(eval__fwt=True), folder)
+    assert (folder / "report.html").read_text().endswith("</html>\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("write", [logs.append, logs.write_rows])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, write):
+    file = tmp_path / logs.METRICS
+    file.symlink_to("/dev/full")
+    if write is logs.write_rows:
+        (tmp_path / f"{logs.METRICS}.{os.getpid()}.part").symlink_to("/dev/full")
+    with pytest.raises(
+        aim_jax.InputError, match=f"{file}: cannot be written: No space"
+    ):
+        write(file, {"a": 1} if write is logs.append else [{"a": 1}])
 
 
 @pytest.mark.parametrize("name", ["config.json", "results.json"])

@@ -573,13 +573,14 @@ def _aligned(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
 
 
 def _fingerprint(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> str:
-    """Hash of config.json and of 64 evenly spaced blocks of each weight file."""
+    """Hash of config, tokenizer and weight files, of each above 1 GiB 16,384 blocks."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(set(files.values())):
-        size = file.stat().st_size
-        digest.update(str(size).encode())
+    for file in (*companions(folder), *sorted(set(files.values()))):
+        size, block = file.stat().st_size, 1 << 16
+        digest.update(f"{file.name} {size}".encode())
+        count = min(-(-size // block), 1 << 14)
         with file.open("rb") as stream:
-            for offset in np.linspace(0, max(size - 65536, 0), 64).astype(int):
+            for offset in np.linspace(0, max(size - block, 0), count).astype(int):
                 stream.seek(int(offset))
-                digest.update(stream.read(65536))
+                digest.update(stream.read(block))
     return digest.hexdigest()
