@@ -45,6 +45,7 @@ class Data:
     seed: int = 0  # of the generated tasks
     max_input: int = 1024
     max_target: int = 128
+    max_test_input: int = 8192  # beyond any row of the published benchmarks
     buckets: tuple[int, ...] = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
     target_buckets: tuple[int, ...] = (8, 32, 128)
 
@@ -186,6 +187,7 @@ BOUNDS = {
             "data.limit_test",
             "data.max_input",
             "data.max_target",
+            "data.max_test_input",
             "memory.batch_size",
             "train.epochs",
             "train.batch_size",

@@ -1,7 +1,7 @@
 """Compiled greedy decoding in batches, and scores of what it gives."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,18 +60,32 @@ def generate(
     devices: parallel.Devices,
 ) -> list[np.ndarray]:
     """Token ids decoded for each example, without the end token, in their order."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].inputs))
     out: dict[int, np.ndarray] = {}
     eos = text.tokenizer.eos_token_id
-    for start in range(0, len(order), rows):
+    for chosen, size in groups(text, [len(e.inputs) for e in examples], rows):
         preemption.check()
-        chosen = order[start : start + rows]
-        batch = batches.prompts(text, [examples[i] for i in chosen], rows)
+        batch = batches.prompts(text, [examples[i] for i in chosen], size)
         tokens = np.asarray(decode(base, delta, parallel.place_rows(batch, devices)))
         for row, i in zip(tokens, chosen, strict=False):
             ends = np.flatnonzero(row == eos)
             out[i] = row[: ends[0]] if len(ends) else row
     return [out[i] for i in range(len(examples))]
+
+
+def groups(
+    text: batches.Text, lengths: Sequence[int], rows: int
+) -> Iterator[tuple[list[int], int]]:
+    """Numbers of the rows to decode together, by length, and the rows of their batch.
+
+    Rows longer than the last bucket are decoded one by one: the memory that attention
+    takes grows with the square of the length.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    usual = [i for i in order if lengths[i] <= text.data.buckets[-1]]
+    for start in range(0, len(usual), rows):
+        yield usual[start : start + rows], rows
+    for i in order[len(usual) :]:
+        yield [i], 1
 
 
 def texts(tokenizer: Any, tokens: Sequence[np.ndarray]) -> list[str]:

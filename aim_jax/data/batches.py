@@ -63,7 +63,8 @@ def tokenizer(folder: pathlib.Path) -> Any:
 def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Example]:
     """Token ids of rows; inputs cut to `data.max_input`, targets to `data.max_target`.
 
-    As the release does (semantics.md 1.4): no prefix, one end token, test inputs whole.
+    As the release does (semantics.md 1.4): no prefix, one end token, test inputs whole
+    (truncate=False; but cut to `data.max_test_input`).
     """
     if not rows:
         return []
@@ -73,10 +74,10 @@ def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Examp
     if text.kind == "decoder":
         outputs = [" " + o for o in outputs]
     targets = text.tokenizer(outputs, add_special_tokens=False)["input_ids"]
-    limit = text.data.max_input if truncate else None
+    limit = text.data.max_input if truncate else text.data.max_test_input
     examples = []
     for row, source, target in zip(rows, inputs, targets, strict=True):
-        if limit and len(source) > limit:
+        if len(source) > limit:
             # The last token is the end token where the tokenizer adds one.
             source = [*source[: limit - 1], source[-1]]
         target = [*target[: text.data.max_target - 1], eos]

@@ -352,12 +352,23 @@ def _json(path: pathlib.Path) -> Any:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise aim_jax.InputError(
-            f"{path}: not UTF-8 at byte {error.start}; save it in that encoding"
+            f"{path}:{_garbled(data)} not UTF-8 at byte {error.start}; save it in that"
+            " encoding"
         ) from None
     except (ValueError, RecursionError) as error:
         raise aim_jax.InputError(f"{path}: not valid JSON: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise aim_jax.InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _garbled(data: bytes) -> str:
+    """The row of a JSON array that is the first to hold bytes which are not UTF-8."""
+    try:
+        rows = json.loads(data.decode("utf-8-sig", "surrogateescape"))
+        first = next(i for i, r in enumerate(rows) if "\\udc" in json.dumps(r))
+    except (ValueError, RecursionError, TypeError, StopIteration):
+        return ""
+    return f" row {first} (counted from 0):"
 
 
 def _rows(path: pathlib.Path, name: str, unlabelled: bool) -> list[dict[str, str]]:

@@ -392,7 +392,13 @@ def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if index.is_file():
-        files = sorted({folder / n for n in _json(index)["weight_map"].values()})
+        names = {str(name) for name in _json(index).get("weight_map", {}).values()}
+        outside = [n for n in names if pathlib.PurePath(n).name != n]
+        if outside:
+            raise aim_jax.InputError(
+                f"{index}: {_some(outside)}: must be names of files beside it"
+            )
+        files = sorted(folder / name for name in names)
     absent = [f.name for f in files if not f.is_file()]
     if absent:
         raise aim_jax.InputError(f"{folder}: no {_some(absent)}{_pickles(folder)}")
