@@ -98,6 +98,7 @@ class Eval:
     fwt: bool = True
     batch_size: int = 64
     max_length: int = 128  # decoder tokens, the start token included
+    before_after: tuple[str, ...] = ()  # folders of tasks to score before and after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Logs:
     """What is shown while a run goes on."""
 
     progress: bool = True
+    tensorboard: bool = False  # event files in the run's folder tensorboard/
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import tqdm
@@ -14,6 +15,7 @@ import tqdm
 import aim_jax
 
 METRICS, MERGES = "metrics.jsonl", "merges.jsonl"
+Board = Callable[..., None]
 
 
 def append(file: pathlib.Path, row: dict[str, Any]) -> None:
@@ -92,6 +94,38 @@ def show(bar: tqdm.tqdm, values: dict[str, float | None]) -> None:
     shown = {k: f"{v:.4g}" for k, v in values.items() if v is not None}
     bar.set_postfix(shown, refresh=False)
     bar.update()
+
+
+def tensorboard() -> ModuleType:
+    """The package that writes event files. Raises InputError if it is missing."""
+    try:
+        import tensorboardX
+    except ImportError:
+        raise aim_jax.InputError(
+            "logs.tensorboard needs the package tensorboardX: pip install tensorboardX"
+        ) from None
+    return tensorboardX
+
+
+@contextlib.contextmanager
+def board(folder: pathlib.Path, wanted: bool, done: int = 0) -> Iterator[Board]:
+    """A function that writes numbers to TensorBoard event files in `folder`, if `wanted`.
+
+    write(first, group, step, values): the numbers of a dict, at step first + step of the
+    stream. After `done` steps a resumed run hides what its predecessor wrote of later ones.
+    """
+    if not wanted:
+        yield lambda first, group, step, values: None
+        return
+    purge = {"purge_step": done + 1} if done else {}
+    with tensorboard().SummaryWriter(str(folder), **purge) as writer:
+
+        def write(first: int, group: str, step: int, values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    writer.add_scalar(f"{group}/{name}", value, first + step)
+
+        yield write
 
 
 def _place(line: str) -> tuple[float, float]:

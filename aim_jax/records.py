@@ -229,6 +229,15 @@ _RESULTS: dict[str, _Kind] = {
         lambda v: isinstance(v, list) and all(map(_is_scores, v)),
     ),
     "single": ("a list of scores", _is_scores),
+    "before_after": (
+        "an object of objects of scores",
+        lambda v: (
+            isinstance(v, dict)
+            and all(
+                isinstance(x, dict) and _is_scores([*x.values()]) for x in v.values()
+            )
+        ),
+    ),
     "metrics": ("a list of names", lambda v: isinstance(v, list)),
     **dict.fromkeys(
         ("seconds", "work"),

@@ -51,6 +51,10 @@ _COSTS = (
     " the cheapest run on the same stream trains on. Tokens/s: of the tasks' own batches"
     " over all of training, with rehearsal, probes, validation and compilation."
 )
+_HELD_OUT = (
+    "Tasks that no run trains on: what the stream did to the rest of the model. Before: the"
+    " base as it is. Means over seeds."
+)
 _PUBLISHED = (
     "Confidence: direct, read in the source; secondary, in a transcription of it; derived,"
     " computed from its numbers. Other data, epochs and seeds than here, unless noted."
@@ -275,6 +279,27 @@ def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float |
     return own.mean / min(trained) - 1 if own and any(trained) else None
 
 
+def held_out_table(groups: Sequence[Group]) -> Table | None:
+    """Scores on the held-out tasks before the stream and after it, in percent.
+
+    The scores before are those of the base, so runs of another base have a row of theirs.
+    """
+    rows = []
+    for label, runs in ranked(groups):
+        kept = [
+            k for r in runs if (k := r.results.get("before_after")) and "after" in k
+        ]
+        for task in kept[0]["before"] if kept else ():
+            before, after = (
+                statistics.fmean(k[when][task] for k in kept)
+                for when in ("before", "after")
+            )
+            cells = [*map(_score, (before, after)), f"{100 * (after - before):+.1f}"]
+            rows.append([task, label, *cells, str(len(kept))])
+    head = ["held-out task", "method", "before %", "after %", "change", "runs"]
+    return Table(head, sorted(rows, key=lambda row: row[0]), left=2) if rows else None
+
+
 def runs_table(groups: Sequence[Group]) -> Table:
     """A row a run."""
     head = ["run", "folder", "state", "OP %", "FWT %", "BWT %", "minutes", "tokens/s"]
@@ -355,7 +380,15 @@ def to_json(groups: Sequence[Group]) -> dict[str, Any]:
             value = stat(runs, key)
             row[key] = value._asdict() if value else None
         summary.append(row | {"extra_flops": extra_flops(runs, groups)})
-    known = ("single", "rows", "work", "seconds", "versions", "config_sha256")
+    known = (
+        "single",
+        "before_after",
+        "rows",
+        "work",
+        "seconds",
+        "versions",
+        "config_sha256",
+    )
     detail = [
         {"name": name, "folder": str(run.path), "method": run.method, "seed": run.seed}
         | {"stream": run.stream, "tasks": run.names, "date": run.date}
@@ -377,6 +410,9 @@ def markdown(groups: Sequence[Group]) -> str:
     costs, matches = costs_table(groups), published.matching(runs)
     if costs:
         parts += ["## Costs", _markdown(costs), _COSTS]
+    held_out = held_out_table(groups)
+    if held_out:
+        parts += ["## Held-out tasks", _markdown(held_out)]
     if matches:
         parts += ["## Published", _markdown(published_table(matches)), _PUBLISHED]
     if published_note(runs):
@@ -463,6 +499,10 @@ def page(groups: Sequence[Group]) -> str:
     if costs:
         parts.append(f"<h2>Costs</h2>{_html(costs)}")
         parts.append(f'<p class="note">{_e(_COSTS)}</p>')
+    held_out = held_out_table(groups)
+    if held_out:
+        parts.append(f"<h2>Held-out tasks</h2>{_html(held_out)}")
+        parts.append(f'<p class="note">{_e(_HELD_OUT)}</p>')
     parts += _published([run for _, run in runs])
     if len(runs) > len(groups):
         parts.append(_details("Each run", _html(runs_table(groups))))

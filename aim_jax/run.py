@@ -6,6 +6,7 @@ let the method decide, go on from the state it gives back.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -48,6 +49,7 @@ CHUNK = 8  # rehearsal steps in one compiled call; any number takes ceil(n / 8) 
 class Job(NamedTuple):
     """All that stays the same while a run goes on.
 
+    held_out: tasks that are scored before and after the stream.
     memory: rows kept of each task of the stream, none for a method without memory.
     usage: `tasks.usage` by task.
     work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes` and
@@ -57,6 +59,7 @@ class Job(NamedTuple):
     cfg: config.Config
     folder: pathlib.Path
     stream: list[tasks.Task]
+    held_out: list[tasks.Task]
     base: hf.Base
     text: batches.Text
     devices: parallel.Devices
@@ -117,7 +120,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         place, facts = restore(job, job.method, inputs, checkpointer)
         matrix, seconds = facts["matrix"], facts["seconds"]
         before = seconds["total"]
-        passed = sum(counts[: len(matrix)])
+        done = sum(counts[: len(matrix)]) + place.step
 
         def save(place: Place) -> None:
             seconds["total"] = before + time.perf_counter() - began
@@ -128,16 +131,26 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
 
         begin(job, checkpointer, place, save)
         logs.cut(folder, len(matrix), place.step)
-        with logs.bar(sum(counts), passed + place.step, cfg.logs.progress) as bar:
+        before_after = {"before": held_out_scores(job, "before", fresh(job), seconds)}
+        with (
+            logs.bar(sum(counts), done, cfg.logs.progress) as bar,
+            logs.board(folder / "tensorboard", cfg.logs.tensorboard, done) as board,
+        ):
             for number in range(len(matrix), len(job.stream)):
-                place = train_task(job, number, place, seconds, bar, save)
+                show = functools.partial(board, sum(counts[:number]))
+                place = train_task(job, number, place, seconds, bar, show, save)
                 held = extra_bytes(job, number, place.memo)
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = evaluate_task(job, number, place.state.delta, seconds)
+                learnt = (task.name for task in job.stream[: number + 1])
+                show("score", counts[number], dict(zip(learnt, scores, strict=True)))
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
                 bar.write(f"after {_numbered(job, number)}: {_listed(job, scores)}")
+        delta = place.state.delta
+        before_after["after"] = held_out_scores(job, "after", delta, seconds)
+        facts["before_after"] = before_after if job.held_out else None
     single = None
     if cfg.eval.fwt:
         single = [single_score(job, n, inputs, seconds) for n in range(len(counts))]
@@ -196,7 +209,10 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         stream = tasks.without_leaks(found, cfg.train.validation_rows)
     pairs = zip(found, stream, strict=True)
     usage = {used.name: tasks.usage(task, used) for task, used in pairs}
-    for metric in {task.metric for task in stream}:
+    held = tasks.held_out(cfg.eval.before_after, cfg.data.limit_test)
+    if cfg.logs.tensorboard:
+        logs.tensorboard()
+    for metric in {task.metric for task in [*stream, *held]}:
         # Shows a missing package now and not after hours of training.
         metrics.score_row(metric, "", "")
     devices = parallel.open_devices(cfg.parallel.mode)
@@ -226,6 +242,7 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         cfg,
         folder,
         stream,
+        held,
         base,
         text,
         devices,
@@ -385,11 +402,12 @@ def train_task(
     place: Place,
     seconds: dict[str, float],
     bar: tqdm.tqdm,
+    show: logs.Board,
     save: Callable[[Place], None],
 ) -> Place:
     """The place after task `number`, which is step 0 of the next; the adapter is saved.
 
-    place: where to begin, in the task or before it.
+    place: where to begin, in the task or before it; show: `logs.board` from this task on.
     """
     began = time.perf_counter()
     task = lesson(job, number)
@@ -397,6 +415,8 @@ def train_task(
 
     def log(file: str, row: dict[str, Any]) -> None:
         logs.append(job.folder / file, {"task": number, "name": task.name, **row})
+        shown = {k: v for k, v in row.items() if k != "step"}
+        show(pathlib.Path(file).stem, row["step"], shown)
         if "loss" in row:
             names = ("loss", "history", "interval")
             logs.show(bar, {name: row.get(name) for name in names})
@@ -532,6 +552,30 @@ def predict(job: Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
     ]
 
 
+def held_out_scores(
+    job: Job, when: str, delta: Tree, seconds: dict[str, float]
+) -> dict[str, float]:
+    """Scores on the held-out tasks, `before` or `after` the stream; predictions are kept."""
+    began = time.perf_counter()
+    folder = job.folder / "predictions" / when
+    scores = {
+        task.name: kept_score(
+            folder / f"{task.name}.jsonl", functools.partial(predict, job, delta, task)
+        )
+        for task in job.held_out
+    }
+    seconds["evaluate"] += time.perf_counter() - began
+    return scores
+
+
+def kept_score(file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]) -> float:
+    """The score of the predictions in `file`, which are made if it is not there."""
+    if not file.is_file():
+        logs.write_rows(file, make())
+    lines = file.read_text("utf-8").split("\n")
+    return metrics.mean([json.loads(line)["score"] for line in lines if line])
+
+
 def single_score(
     job: Job, number: int, inputs: dict[str, str], seconds: dict[str, float]
 ) -> float:
@@ -546,16 +590,19 @@ def single_score(
         for k, v in config.to_json(job.cfg).items()
         if k in ("model", "data", "train", "lora", "eval")
     }
-    for field in ("order", "tasks"):
-        data["data"].pop(field)
+    for section, field in (
+        ("data", "order"),
+        ("data", "tasks"),
+        ("eval", "before_after"),
+    ):
+        data[section].pop(field)
     key = json.dumps([data, task.name, job.base.fingerprint], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     file = job.folder.parent / "single" / f"{task.name}-{digest}.jsonl"
-    if not file.is_file():
-        logs.write_rows(file, learn_alone(job, task, inputs, seconds))
-    text = file.read_text("utf-8")
-    logs.write(job.folder / "predictions" / "single" / f"{task.name}.jsonl", text)
-    return metrics.mean([json.loads(x)["score"] for x in text.split("\n") if x])
+    score = kept_score(file, functools.partial(learn_alone, job, task, inputs, seconds))
+    own = job.folder / "predictions" / "single" / f"{task.name}.jsonl"
+    logs.write(own, file.read_text("utf-8"))
+    return score
 
 
 def learn_alone(
@@ -613,6 +660,7 @@ def write_results(
         "bwt": metrics.bwt(matrix),
         "fwt": metrics.fwt(matrix, single) if single else None,
         "single": single,
+        "before_after": facts.get("before_after"),
         "versions": versions(),
         "model": job.base.fingerprint,
         "parameters": sum(x.size for x in jax.tree.leaves(job.base.params)),

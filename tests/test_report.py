@@ -290,6 +290,22 @@ def test_rows_used_and_leaks_dropped_are_told(tmp_path):
     assert "| entailment | 300 | 10 | 20 | 2 |" in (tmp_path / "out.md").read_text()
 
 
+def test_held_out_tasks_are_shown_before_and_after(tmp_path, runs):
+    for method, after in (("aim", 0.4), ("sequential", 0.1)):
+        for seed in (1, 2):
+            kept = {"before": {"math": 0.5}, "after": {"math": after + seed / 10}}
+            edit_results(runs / f"{method}-{seed}", before_after=kept)
+    report.write([runs], tmp_path / "out.html")
+    (table,) = [t for t in page(tmp_path / "out.html").tables if "change" in t[0]]
+    assert table[1:] == [
+        ["math", "aim", "50.0", "55.0", "+5.0", "2"],
+        ["math", "sequential", "50.0", "25.0", "-25.0", "2"],
+    ]
+    assert (
+        "| math | aim | 50.0 | 55.0 | +5.0 | 2 |" in (tmp_path / "out.md").read_text()
+    )
+
+
 def test_heat_map_has_every_cell(tmp_path):
     run = records.load(make_run(tmp_path / "run"))
     tree = xml.etree.ElementTree.fromstring(plots.score_matrix("aim", run))

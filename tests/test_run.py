@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 
 import crash
 import jax
@@ -52,6 +53,20 @@ def make(method=None, **changes):
 
 def rows(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def events(folder):
+    """(name, step) -> value in the TensorBoard files of a folder."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = {}
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:  # length, checksum, event, checksum
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            data = data[16 + size :]
+    return found
 
 
 def adapter(folder, number):
@@ -187,11 +202,32 @@ def test_speculation_gives_the_plain_trajectory_bitwise(whole, tmp_path):
 
 
 def test_sequential_is_the_run_without_memory_and_merges(whole, tmp_path):
-    folder = tmp_path / "sequential"
-    run.run(make(sequential.Options()), folder)
+    folder, held = tmp_path / "sequential", tmp_path / "held"
+    (held / "test").mkdir(parents=True)
+    for name in synthetic.STREAM[3:]:
+        made = synthetic.task(name, 1, *SIZES)["test"]
+        (held / "test" / f"{name}.json").write_text(json.dumps(made))
+    more = {"eval__before_after": (str(held),), "logs__tensorboard": True}
+    results = run.run(make(sequential.Options(), **more), folder)
     assert not (folder / logs.MERGES).exists()
     steps = [r for r in rows(folder, logs.METRICS) if "loss" in r]
     assert all(r["history"] is None and not r["merged"] for r in steps)
+    # What was held out is scored by the base and by the end of the stream.
+    assert set(results["before_after"]) == {"before", "after"}
+    for when, scores in results["before_after"].items():
+        assert list(scores) == sorted(synthetic.STREAM[3:])
+        for name, score in scores.items():
+            made = rows(folder / "predictions" / when, f"{name}.jsonl")
+            assert len(made) == 8
+            assert score == pytest.approx(np.mean([r["score"] for r in made]))
+    before, after = results["before_after"].values()
+    assert before != after
+    # Event files hold the numbers of metrics.jsonl, on the steps of the stream.
+    shown = events(folder / "tensorboard")
+    assert [shown["metrics/loss", i] for i in range(1, 37)] == [
+        pytest.approx(r["loss"]) for r in steps
+    ]
+    assert shown[f"score/{TASKS[0]}", 36] == pytest.approx(results["matrix"][2][0])
     # The first task has no memory, so both methods train it alike.
     ours, theirs = adapter(folder, 0), adapter(whole[0], 0)
     assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
@@ -278,7 +314,13 @@ def test_compilations_are_bounded_by_length_buckets(tmp_path):
     with logs.bar(1, 0, False) as bar:
         for number in range(3):
             place = run.train_task(
-                job, number, place, facts["seconds"], bar, lambda place: None
+                job,
+                number,
+                place,
+                facts["seconds"],
+                bar,
+                lambda group, step, values: None,
+                lambda place: None,
             )
             counts.append(job.steps.train._cache_size())
     buckets = len(cfg.data.buckets)
@@ -430,6 +472,26 @@ def test_missing_model_or_data_leave_no_workdir(tmp_path):
         with pytest.raises(aim_jax.InputError, match=culprit):
             run.run(cfg, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_held_out_predictions_are_made_once(tmp_path, monkeypatch):
+    held = tmp_path / "held" / "test"
+    held.mkdir(parents=True)
+    made = synthetic.task(TASKS[0], 1, *SIZES)["test"]
+    (held / "mine.json").write_text(json.dumps(made))
+    job = run.prepare(make(eval__before_after=(str(held.parent),)), tmp_path / "run")
+    seconds = {"evaluate": 0.0}
+    scores = run.held_out_scores(job, "before", run.fresh(job), seconds)
+    assert list(scores) == ["mine"] and seconds["evaluate"] > 0
+    monkeypatch.setattr(run, "predict", None)
+    assert run.held_out_scores(job, "before", None, seconds) == scores
+
+
+def test_tensorboard_without_its_package_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(aim_jax.InputError, match="pip install tensorboardX"):
+        run.run(make(logs__tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_signals_are_plain_numbers():

@@ -396,3 +396,37 @@ def test_the_published_validation_rows_on_the_full_data():
         assert chosen == case.get("val_ids_after_shuffle", chosen)
         digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()
         assert digest == case["val_ids_after_shuffle_sha256"], names
+
+
+def held(folder, tasks, **files):
+    (folder / "test").mkdir(parents=True)
+    for name in tasks:
+        rows = [{"id": str(i), "input": f"q {i}", "output": "a"} for i in range(5)]
+        (folder / "test" / f"{name}.json").write_text(json.dumps(rows))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_held_out_tasks_are_the_test_rows_of_folders(tmp_path):
+    first = held(tmp_path / "a", ["mine", "task002"])
+    second = held(tmp_path / "b", ["yours"], tasks={"yours": "rouge_l"})
+    found = tasks.held_out([first, second], 3)
+    assert [(t.name, t.metric) for t in found] == [
+        ("mine", "exact"),
+        ("task002", "rouge_l"),
+        ("yours", "rouge_l"),
+    ]
+    assert all(len(t.test) == 3 and not t.train and not t.dev for t in found)
+    assert tasks.held_out([]) == []
+
+
+def test_held_out_folders_that_will_not_do(tmp_path):
+    with pytest.raises(aim_jax.InputError, match="eval.before_after: '.*no' must hold"):
+        tasks.held_out([str(tmp_path / "no")])
+    first, second = (held(tmp_path / n, ["mine"]) for n in "ab")
+    with pytest.raises(aim_jax.InputError, match="'mine' of '.*b' is also in another"):
+        tasks.held_out([first, second])
+    bad = held(tmp_path / "c", ["mine"], tasks={"other": "exact"})
+    with pytest.raises(aim_jax.InputError, match="no files of task 'other'"):
+        tasks.held_out([bad])

@@ -142,6 +142,36 @@ def load(cfg: config.Data) -> list[Task]:
     ]
 
 
+def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
+    """Every task of `folders` with its first `limit` test rows, and no others.
+
+    A folder is a benchmark's, of which only test/ is read; its tasks.json says the metric
+    of a task, else that of a published benchmark counts, else exact match. Raises
+    InputError as `load`, and for a task that is there twice.
+    """
+    published = {
+        k: v for b in BENCHMARKS.values() for k, v in (b.metrics or {}).items()
+    }
+    found: dict[str, Task] = {}
+    for name in folders:
+        folder = pathlib.Path(name).expanduser()
+        names = _found(folder / "test")
+        if not names:
+            raise aim_jax.InputError(
+                f"eval.before_after: '{name}' must hold test/TASK.json of at least one task"
+            )
+        kinds = {n: published.get(n, "exact") for n in names} | _chosen(folder, names)
+        for task in names:
+            if task in found:
+                raise aim_jax.InputError(
+                    f"eval.before_after: task '{task}' of '{name}' is also in another"
+                    " folder; rename one of them"
+                )
+            rows = _rows(_file(folder, "test", task), task, unlabelled=False)
+            found[task] = Task(task, kinds[task], [], [], rows[:limit])
+    return list(found.values())
+
+
 def validation(
     tasks: Sequence[Task], rows: int = 25, leaks: bool = True, seed: int = 42
 ) -> list[dict[str, str]]:
@@ -297,28 +327,31 @@ def _folder(cfg: config.Data, benchmark: Benchmark) -> pathlib.Path:
 
 def _custom(folder: pathlib.Path) -> dict[str, str]:
     """The metric of every task in a folder of the user's own."""
-    found = dict.fromkeys(
-        sorted({n for s in SPLITS for n in _found(folder / s)}), "exact"
-    )
+    found = sorted({n for s in SPLITS for n in _found(folder / s)})
+    return dict.fromkeys(found, "exact") | _chosen(folder, found)
+
+
+def _chosen(folder: pathlib.Path, known: Sequence[str]) -> dict[str, str]:
+    """What tasks.json says of the `known` tasks; nothing without that file."""
     path = folder / "tasks.json"
     if not path.is_file():
-        return found
+        return {}
     chosen = _json(path)
     if not isinstance(chosen, dict):
         raise aim_jax.InputError(
             f'{path}: must be an object {{"TASK": "METRIC"}}, not {_kind(chosen)}'
         )
     for name, metric in chosen.items():
-        if name not in found:
+        if name not in known:
             raise aim_jax.InputError(
-                f"{path}: no files of task '{name}'; there are {_list(found)}"
+                f"{path}: no files of task '{name}'; there are {_list(known)}"
             )
         if metric not in list(metrics.METRICS):
             raise aim_jax.InputError(
                 f"{path}: task '{name}' has no metric {json.dumps(metric)}; there are"
                 f" {_list(metrics.METRICS)}"
             )
-    return found | chosen
+    return chosen
 
 
 def _found(folder: pathlib.Path) -> list[str]:
