@@ -32,6 +32,8 @@ LETTERS = 400  # shown of an input
 WHOLE = 3  # values of a list shown in full
 NAMED = 3  # settings that tell groups of one method apart
 OPEN = 2  # runs whose sections are open at first
+DETAILED = 12  # runs that are shown with their signals, merges and predictions
+MAPS = 6  # score matrices in sight
 QUOTED = 8  # published results shown at first
 SEEDS = ("train.seed", "data.seed")
 SCORES = ("op", "fwt", "bwt")
@@ -85,6 +87,7 @@ figure svg { display: block; height: auto; width: 100%; max-width: 46rem; min-wi
 details { margin: .4rem 0 } summary { cursor: pointer }
 details > .table, details > .predictions { max-height: 34rem; overflow: auto }
 details > .table table { font-size: .82rem }
+.quoted td:nth-child(-n+2) { white-space: nowrap }
 .run { border-top: 2px solid var(--rule); margin-top: 2rem }
 .run > summary > h2 { display: inline-block; margin: .8rem 0 .3rem }
 .tag { font-size: .8rem; font-weight: 600; color: var(--bad); border: 1px solid;
@@ -518,7 +521,7 @@ def page(groups: Sequence[Group]) -> str:
         quoted = [
             (f"{e['method']}, published", e["first_task"])
             for e in published.matching(run for _, members in alike for run in members)
-            if "first_task" in e
+            if len(e.get("first_task", ())) == len(stream)
         ]
         curves.append(plots.task_curve(alike, first=True, quoted=quoted))
         curves.append(plots.task_curve(alike, first=False))
@@ -526,9 +529,17 @@ def page(groups: Sequence[Group]) -> str:
         parts.append(f"<h2>Scores over the stream</h2>{_grid(curves)}")
     maps = [plots.score_matrix(n, r) for n, r in runs if r.matrix]
     if maps:
-        parts.append(f"<h2>Score matrices</h2>{_grid(maps, 'maps')}")
+        parts.append(f"<h2>Score matrices</h2>{_grid(maps[:MAPS], 'maps')}")
+    if maps[MAPS:]:
+        more = _grid(maps[MAPS:], "maps")
+        parts.append(_details(f"{len(maps[MAPS:])} more", more))
+    if len(runs) > DETAILED:
+        parts.append(
+            f'<p class="note">Signals, merges and predictions of the {len(runs)} runs are'
+            " on pages of their own: report.html in the folder of each.</p>"
+        )
     for i, (name, run) in enumerate(runs, 1):
-        parts.append(_run_section(i, name, run, opened=len(runs) <= OPEN))
+        parts.append(_run_section(i, name, run, len(runs)))
     return _PAGE.format(title=_e(title), style=svg.CSS + _STYLE, body="\n".join(parts))
 
 
@@ -539,36 +550,26 @@ def _published(runs: Sequence[records.Run]) -> list[str]:
     if table.rows:
         first = table._replace(rows=table.rows[:QUOTED])
         rest = table._replace(rows=table.rows[QUOTED:])
-        parts.append(f"<h2>Published results</h2>{_html(first)}")
-        if rest.rows:
-            parts.append(_details(f"{len(rest.rows)} more", _html(rest)))
+        more = _details(f"{len(rest.rows)} more", _html(rest)) if rest.rows else ""
+        parts.append("<h2>Published results</h2>")
+        parts.append(f'<div class="quoted">{_html(first)}{more}</div>')
         parts.append(f'<p class="note">{_e(_PUBLISHED)}</p>')
     if note:
         parts.append(f'<p class="note">{_e(note)}</p>')
     return parts
 
 
-def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
+def _run_section(number: int, name: str, run: records.Run, count: int) -> str:
+    """What there is to say of one of `count` runs; less if they are many."""
     facts = "".join(
         f"<dt>{_e(k)}</dt><dd>{_code(v) if k == 'command' else _e(v)}</dd>"
         for k, v in _facts(run)
     )
     parts = [f'<dl id="run-{number}">{facts}</dl>']
     parts += [f'<p class="bad">{_e(note)}</p>' for note in run.notes]
-    if any(t.steps for t in run.tasks):
-        parts.append(_grid([plots.training_loss(run)], "wide"))
-    for task in (t for t in run.tasks if t.steps):
-        forced = sum(bool(r.get("forced")) for r in task.merges)
-        note = f"{task.steps[-1]['step']} steps"
-        note += f", {len(task.merges)} merges" if task.merges else ""
-        note += f" ({forced} forced)" if forced else ""
-        heading = f"Task {task.number}: {_e(task.name)} <small>{_e(note)}</small>"
-        anchor = f"run-{number}-task-{task.number}"
-        panels = _grid(list(plots.of_task(task).values()))
-        parts.append(f'<h3 id="{anchor}">{heading}</h3>{panels}')
-        if task.merges:
-            parts.append(_details("Table of merges", _html(_merges_table(task))))
-    if any(t.predictions for t in run.tasks):
+    if count <= DETAILED:
+        parts += _training(number, run)
+    if count <= DETAILED and any(t.predictions for t in run.tasks):
         parts.append("<h3>Predictions <small>wrong answers first</small></h3>")
         parts += [_predictions(t) for t in run.tasks if t.predictions]
     parts.append("<h3>Set-up</h3>")
@@ -588,9 +589,28 @@ def _run_section(number: int, name: str, run: records.Run, opened: bool) -> str:
         parts.append(_details("Data", _html(data)))
     tag = "" if run.finished else f' <span class="tag">{_e(run.progress)}</span>'
     summary = f"<summary><h2>{_e(name)}{tag}</h2></summary>"
-    state = " open" if opened else ""
+    state = " open" if count <= OPEN else ""
     body = "\n".join(parts)
     return f'<details class="run"{state}>{summary}\n{body}</details>'
+
+
+def _training(number: int, run: records.Run) -> list[str]:
+    """The loss over the stream, and the signals and merges of each task."""
+    parts = []
+    if any(t.steps for t in run.tasks):
+        parts.append(_grid([plots.training_loss(run)], "wide"))
+    for task in (t for t in run.tasks if t.steps):
+        forced = sum(bool(r.get("forced")) for r in task.merges)
+        note = f"{task.steps[-1]['step']} steps"
+        note += f", {len(task.merges)} merges" if task.merges else ""
+        note += f" ({forced} forced)" if forced else ""
+        heading = f"Task {task.number}: {_e(task.name)} <small>{_e(note)}</small>"
+        anchor = f"run-{number}-task-{task.number}"
+        panels = _grid(list(plots.of_task(task).values()))
+        parts.append(f'<h3 id="{anchor}">{heading}</h3>{panels}')
+        if task.merges:
+            parts.append(_details("Table of merges", _html(_merges_table(task))))
+    return parts
 
 
 def _predictions(task: records.Task) -> str:

@@ -41,7 +41,7 @@ def project(tmp_path):
         shutil.copy(script, tmp_path / "launch")
     for name in ("requirements.txt", "tests/requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("python", "ruff"):
+    for name in ("python", "ruff", "lm_eval"):
         program = tmp_path / ".venv/bin" / name
         program.write_text(STAND_IN)
         program.chmod(0o755)
@@ -156,6 +156,49 @@ def test_quickstart_elsewhere(project):
     done = bash(project, "quickstart.sh", RUNS=folder)
     assert done.stdout.endswith(f"| aim |\nreport: {folder}/report.html\n")
     assert f"--workdir {folder}/aim" in calls(project)[1]
+
+
+def test_lm_eval_scores_the_merged_model(project):
+    given = ["runs/a b", "scores", "--tasks", "gsm8k", "--limit", "5"]
+    harness = str(project / ".venv/bin/lm_eval")
+    done = bash(project, "lm_eval.sh", *given, LM_EVAL=harness)
+    assert (done.returncode, done.stderr) == (0, "")
+    (part,) = [c.split()[-1] for c in calls(project)[:1]]
+    assert part.startswith("scores/part.")
+    assert [p.name for p in (project / "scores").iterdir()] == ["model"]
+    # The model is there now, so it is not made again.
+    assert bash(project, "lm_eval.sh", *given, LM_EVAL=harness).returncode == 0
+    assert calls(project) == [
+        "lm_eval run --model hf --model_args pretrained=scores/model"
+        " --output_path scores/results --tasks gsm8k --limit 5"
+    ]
+
+
+def test_lm_eval_that_is_missing_or_asked_for_nothing(project):
+    done = bash(project, "lm_eval.sh", "run", "out", "--tasks=x", LM_EVAL="no-such")
+    assert done.returncode == 1 and 'pip install "lm_eval[hf]"' in done.stderr
+    assert bash(project, "lm_eval.sh", "run").returncode == 2
+    assert not (project / "out").exists() and not (project / "calls").exists()
+
+
+def test_an_example_is_a_report_and_its_pictures(project):
+    for name in ("chromium", "bash", "dirname"):
+        program = shutil.which(name) if name != "chromium" else None
+        (project / "bin").mkdir(exist_ok=True)
+        target = project / "bin" / name
+        if program:
+            target.symlink_to(program)
+        else:
+            shutil.copy(project / ".venv/bin/ruff", target)
+    env = {"PATH": f"{project}/bin:{os.environ['PATH']}"}
+    done = bash(project, "example.sh", "order4", "runs/a", "runs/b", **env)
+    assert done.returncode == 0
+    made = calls(project)
+    page = "docs/example/order4"
+    assert made[0] == f"python -m aim_jax.report runs/a runs/b --out {page}.html"
+    assert [c.split()[0] for c in made[1:]] == ["chromium", "chromium"]
+    assert done.stdout.splitlines() == [f"{page}.png", f"{page}-dark.png"]
+    assert bash(project, "example.sh", "order4").returncode == 2
 
 
 def command(*args):

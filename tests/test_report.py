@@ -306,6 +306,17 @@ def test_held_out_tasks_are_shown_before_and_after(tmp_path, runs):
     )
 
 
+def test_many_runs_are_shown_in_brief(tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(report, "DETAILED", 3)
+    monkeypatch.setattr(report, "MAPS", 1)
+    report.write([runs], tmp_path / "out.html")
+    parsed = page(tmp_path / "out.html")
+    assert "of the 4 runs are on pages of their own" in parsed.text
+    assert "Training loss" not in parsed.text and "when learnt" not in parsed.text
+    assert "3 more" in parsed.text, "matrices but the first are folded away"
+    assert parsed.text.count("command") == 4
+
+
 def test_heat_map_has_every_cell(tmp_path):
     run = records.load(make_run(tmp_path / "run"))
     tree = xml.etree.ElementTree.fromstring(plots.score_matrix("aim", run))
