@@ -87,6 +87,7 @@ figure svg { display: block; height: auto; width: 100%; max-width: 46rem; min-wi
 details { margin: .4rem 0 } summary { cursor: pointer }
 details > .table, details > .predictions { max-height: 34rem; overflow: auto }
 details > .table table { font-size: .82rem }
+details th { position: sticky; top: 0; background: var(--page) }
 .quoted td:nth-child(-n+2) { white-space: nowrap }
 .run { border-top: 2px solid var(--rule); margin-top: 2rem }
 .run > summary > h2 { display: inline-block; margin: .8rem 0 .3rem }

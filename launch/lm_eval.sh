@@ -20,8 +20,9 @@ command -v "$lm_eval" >/dev/null || {
 
 if [ ! -d "$out/model" ]; then
     # What is cut short never looks like a model.
-    mkdir -p "$out"
-    part=$(mktemp -d "$out/part.XXXXXX")
+    part=$out/part.$$
+    mkdir -p "$part"
+    trap 'rm -rf "$part"' EXIT
     .venv/bin/python -m aim_jax.export --workdir "$run" --format merged --out "$part"
     mv "$part" "$out/model"
 fi

@@ -214,14 +214,15 @@ def test_sequential_is_the_run_without_memory_and_merges(whole, tmp_path):
     assert all(r["history"] is None and not r["merged"] for r in steps)
     # What was held out is scored by the base and by the end of the stream.
     assert set(results["before_after"]) == {"before", "after"}
+    texts = []
     for when, scores in results["before_after"].items():
         assert list(scores) == sorted(synthetic.STREAM[3:])
         for name, score in scores.items():
             made = rows(folder / "predictions" / when, f"{name}.jsonl")
             assert len(made) == 8
             assert score == pytest.approx(np.mean([r["score"] for r in made]))
-    before, after = results["before_after"].values()
-    assert before != after
+            texts.append([r["prediction"] for r in made])
+    assert texts[:2] != texts[2:], "the base and the adapter answer alike"
     # Event files hold the numbers of metrics.jsonl, on the steps of the stream.
     shown = events(folder / "tensorboard")
     assert [shown["metrics/loss", i] for i in range(1, 37)] == [
@@ -483,7 +484,7 @@ def test_held_out_predictions_are_made_once(tmp_path, monkeypatch):
     seconds = {"evaluate": 0.0}
     scores = run.held_out_scores(job, "before", run.fresh(job), seconds)
     assert list(scores) == ["mine"] and seconds["evaluate"] > 0
-    monkeypatch.setattr(run, "predict", None)
+    monkeypatch.setattr(run, "predict", lambda *args: pytest.fail("scored again"))
     assert run.held_out_scores(job, "before", None, seconds) == scores
 
 

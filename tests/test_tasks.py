@@ -398,9 +398,9 @@ def test_the_published_validation_rows_on_the_full_data():
         assert digest == case["val_ids_after_shuffle_sha256"], names
 
 
-def held(folder, tasks, **files):
+def held(folder, names, **files):
     (folder / "test").mkdir(parents=True)
-    for name in tasks:
+    for name in names:
         rows = [{"id": str(i), "input": f"q {i}", "output": "a"} for i in range(5)]
         (folder / "test" / f"{name}.json").write_text(json.dumps(rows))
     for name, content in files.items():
