@@ -8,7 +8,7 @@ import jax
 from absl import app, flags, logging
 
 import aim_jax
-from aim_jax import config, preemption, report, run
+from aim_jax import config, preemption, report, run, tables
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file that assigns CONFIG, or CONFIGS for a sweep."
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    print(report.text(report.results_table(report.load([workdir]))))
+    print(tables.text(tables.results_table(report.load([workdir]))))
     if failed:
         print(f"error: {failed} runs failed, see above", file=sys.stderr)
         sys.exit(2)

@@ -2,11 +2,11 @@
 
     python -m aim_jax.report DIR [DIR ...] --out FILE.html [--scoring SCHEME]
 
-DIR is the folder of a run, or one that holds such folders, at any depth up to three. FILE.md and FILE.json beside the
-page hold its tables. The page of a single run, written into the folder of that run, leaves
-its charts as files in DIR/plots/ too. SCHEME scores the predictions anew, without a model:
-`sound`, or `release` as the PyTorch release's scripts do, with options behind commas
-(`metrics.scheme`): `sound,bwt_over=all`.
+DIR is the folder of a run, or one with such folders up to three levels below. FILE.md and
+FILE.json beside the page hold its tables. The page of a single run, written into the folder
+of that run, leaves its charts as files in DIR/plots/ too. SCHEME scores the predictions
+anew, without a model: `sound`, or `release` as the PyTorch release's scripts do, with
+options behind commas (`metrics.scheme`): `sound,bwt_over=all`.
 """
 
 import contextlib
@@ -16,51 +16,20 @@ import math
 import os
 import pathlib
 import re
-import shlex
-import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, plots, published, records, rescore, svg
+from aim_jax import plots, published, records, rescore, svg, tables
 
 PREDICTIONS = 50  # rows shown of a task
 LETTERS = 400  # shown of an input
-WHOLE = 3  # values of a list shown in full
-NAMED = 3  # settings that tell groups of one method apart
 OPEN = 2  # runs whose sections are open at first
 DETAILED = 12  # runs that are shown with their signals, merges and predictions
 MAPS = 6  # score matrices in sight
-QUOTED = 8  # published results shown at first
-SEEDS = ("train.seed", "data.seed")
-SCORES = ("op", "fwt", "bwt")
-LIMITS = ("data.limit_train", "data.limit_dev", "data.limit_test")
-NONE = "\N{EN DASH}"
-
-_LEGEND = (
-    "OP: mean score over all tasks after the last one. BWT: what earlier tasks gained"
-    " (lost, if negative) since they were learnt. FWT: what a task scores when just learnt,"
-    " less its score when trained alone. Runs that differ only in seed share a row: mean"
-    f" \N{PLUS-MINUS SIGN} sample standard deviation. {NONE}: not known (yet). Best OP first."
-)
-_COSTS = (
-    "Means over seeds. Probes: losses on a memory batch. Extra memory: what a method keeps"
-    " beside the adapter and its optimizer (arrays, and the text of remembered rows). Extra"
-    " FLOPs: by tokens without padding, a probed one as half a trained one, beyond what"
-    " the cheapest run on the same stream trains on. Tokens/s: of the tasks' own batches"
-    " over all of training, with rehearsal, probes, validation and compilation."
-)
-_HELD_OUT = (
-    "Tasks that no run trains on: what the stream did to the rest of the model. Before: the"
-    " base as it is. Means over seeds."
-)
-_PUBLISHED = (
-    "Confidence: direct, read in the source; secondary, in a transcription of it; derived,"
-    " computed from its numbers. Other data, epochs and seeds than here, unless noted."
-)
 _STYLE = """
 * { box-sizing: border-box }
 html { background: var(--page); color: var(--ink) }
@@ -123,34 +92,6 @@ _PAGE = """<!doctype html>
 """
 
 
-class Group(NamedTuple):
-    """Runs that differ only in seed."""
-
-    label: str
-    runs: list[records.Run]
-
-
-class Stat(NamedTuple):
-    """Mean and sample standard deviation (None of one value) over `n` runs."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-class Table(NamedTuple):
-    """Text in cells; the first `left` and last `right` columns hold words, others numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    left: int = 1
-    right: int = 0
-
-    def numbers(self) -> range:
-        """Places of the columns that hold numbers."""
-        return range(self.left, len(self.head) - self.right)
-
-
 def write(
     dirs: Sequence[pathlib.Path], out: pathlib.Path, scoring: str | None = None
 ) -> None:
@@ -183,197 +124,17 @@ def write(
     _replace(files)
 
 
-def load(dirs: Sequence[pathlib.Path], scoring: str | None = None) -> list[Group]:
+def load(
+    dirs: Sequence[pathlib.Path], scoring: str | None = None
+) -> list[tables.Group]:
     """The runs in and below `dirs`, in groups. Raises InputError as `records`."""
     runs = [records.load(path) for path in records.find(dirs)]
-    return group([rescore.rescore(r, scoring) for r in runs] if scoring else runs)
+    return tables.group(
+        [rescore.rescore(r, scoring) for r in runs] if scoring else runs
+    )
 
 
-# Tables
-
-
-def group(runs: Sequence[records.Run]) -> list[Group]:
-    """`runs` in groups that differ only in seed, labelled by method and what sets it apart."""
-    groups: dict[str, list[records.Run]] = {}
-    for run in runs:
-        same = [run.method, _settings(run) or [run.names, str(run.path)]]
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    labelled = []
-    for members in groups.values():
-        method = members[0].method
-        peers = [_settings(g[0]) for g in groups.values() if g[0].method == method]
-        own = _settings(members[0])
-        apart = [f"{k}={own.get(k, 'unset')}" for k in varied(peers)]
-        if len(peers) > 1 and not 0 < len(apart) <= NAMED:
-            apart = [*apart[:NAMED], members[0].path.name]
-        label = f"{method} ({', '.join(apart)})" if apart else method
-        labelled.append(Group(label, members))
-    return labelled
-
-
-def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Paths whose values differ among `settings`, in alphabetical order."""
-    paths = sorted(set().union(*settings))
-    return [p for p in paths if len({json.dumps(s.get(p)) for s in settings}) > 1]
-
-
-def stat(runs: Sequence[records.Run], figure: str) -> Stat | None:
-    """Mean and sample standard deviation of one of the `figures` of runs.
-
-    Only finished runs count, if there are any; None if nobody knows the figure.
-    """
-    done = [r for r in runs if r.finished] or runs
-    known = [v for r in done if (v := r.figures[figure]) is not None]
-    if not known:
-        return None
-    std = statistics.stdev(known) if len(known) > 1 else None
-    return Stat(statistics.fmean(known), std, len(known))
-
-
-def ranked(groups: Sequence[Group]) -> list[Group]:
-    """`groups` by their mean OP, best first; those without one come last."""
-
-    def rank(group: Group) -> float:
-        value = stat(group.runs, "op")
-        return -math.inf if value is None else value.mean
-
-    return sorted(groups, key=rank, reverse=True)
-
-
-def results_table(groups: Sequence[Group]) -> Table:
-    """A row a group: scores in percent as mean and deviation over its seeds, and costs."""
-    head = ["method", "OP %", "FWT %", "BWT %", "minutes", "tokens/s", "merges", "runs"]
-    rows = []
-    for label, runs in ranked(groups):
-        left = sum(not r.finished for r in runs)
-        rows.append(
-            [label]
-            + [_percent(runs, k) for k in SCORES]
-            + [_mean(runs, "minutes", ".1f"), _mean(runs, "tokens_per_second")]
-            + [_mean(runs, "merges", ".1f").removesuffix(".0")]
-            + [f"{len(runs)}" + (f", {left} unfinished" if left else "")]
-        )
-    return Table(head, rows)
-
-
-def costs_table(groups: Sequence[Group]) -> Table | None:
-    """A row a group, best OP first: what its scores took. None if no run knows that."""
-    head = ["rank", "method", "OP %", "FWT %", "BWT %", "optimizer steps"]
-    head += ["rehearsal steps", "probes", "extra memory", "extra FLOPs", "minutes"]
-    rows = []
-    for number, (label, runs) in enumerate(ranked(groups), 1):
-        memory, extra = stat(runs, "extra_bytes"), extra_flops(runs, groups)
-        rows.append(
-            [str(number), label]
-            + [_percent(runs, k) for k in SCORES]
-            + [_mean(runs, k) for k in ("steps", "rehearsal_steps", "probes")]
-            + [NONE if memory is None else _size(memory.mean)]
-            + [NONE if extra is None else f"{100 * extra:.0f} %"]
-            + [_mean(runs, "minutes", ".1f")]
-        )
-    known = any(stat(g.runs, "steps") for g in groups)
-    return Table(head, rows, left=2) if known else None
-
-
-def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float | None:
-    """Computation of `runs` beyond the cheapest training on their stream, as part of it."""
-    own = stat(runs, "token_passes")
-    alike = [g.runs for g in groups if g.runs[0].names == runs[0].names]
-    trained = [s.mean for r in alike if (s := stat(r, "train_tokens"))]
-    return own.mean / min(trained) - 1 if own and any(trained) else None
-
-
-def held_out_table(groups: Sequence[Group]) -> Table | None:
-    """Scores on the held-out tasks before the stream and after it, in percent.
-
-    The scores before are those of the base, so runs of another base have a row of theirs.
-    """
-    rows = []
-    for label, runs in ranked(groups):
-        kept = [
-            k for r in runs if (k := r.results.get("before_after")) and "after" in k
-        ]
-        for task in kept[0]["before"] if kept else ():
-            before, after = (
-                statistics.fmean(k[when][task] for k in kept)
-                for when in ("before", "after")
-            )
-            cells = [*map(_score, (before, after)), f"{100 * (after - before):+.1f}"]
-            rows.append([task, label, *cells, str(len(kept))])
-    head = ["held-out task", "method", "before %", "after %", "change", "runs"]
-    return Table(head, sorted(rows, key=lambda row: row[0]), left=2) if rows else None
-
-
-def runs_table(groups: Sequence[Group]) -> Table:
-    """A row a run."""
-    head = ["run", "folder", "state", "OP %", "FWT %", "BWT %", "minutes", "tokens/s"]
-    rows = [
-        [name, str(run.path), run.progress]
-        + [_percent([run], k) for k in SCORES]
-        + [_mean([run], "minutes", ".1f"), _mean([run], "tokens_per_second")]
-        for name, run in named(groups)
-    ]
-    return Table(head, rows, left=3)
-
-
-def published_table(entries: Sequence[dict[str, Any]]) -> Table:
-    """A row an entry of configs/published.json, each with its source and confidence."""
-    head = ["method", "model", "OP %", "FWT %", "BWT %"]
-    rows = [
-        [e["method"], e["model"]]
-        + [NONE if e[k] is None else f"{e[k]:.1f}" for k in SCORES]
-        + [str(e["order"] or "mean"), e["source"], e["confidence"], e["note"]]
-        for e in entries
-    ]
-    return Table([*head, "order", "source", "confidence", "note"], rows, 2, right=4)
-
-
-def limits(runs: Sequence[records.Run]) -> str:
-    """What keeps `runs` from being whole runs of their benchmark; empty if nothing does."""
-    found = {
-        f"{path}={run.settings[path]}"
-        for run in runs
-        for path in LIMITS
-        if run.settings.get(path) is not None
-    }
-    return ", ".join(sorted(found))
-
-
-def data_table(run: records.Run) -> Table | None:
-    """Rows of each task that a run used, and what became of its leaks."""
-    used = run.results.get("rows")
-    if not used:
-        return None
-    fields = list(next(iter(used.values())))
-    rows = [[name, *(str(v.get(f, NONE)) for f in fields)] for name, v in used.items()]
-    return Table(["task", *(f.replace("_", " ") for f in fields)], rows)
-
-
-def matrix_table(run: records.Run) -> Table:
-    """Scores in percent after each task, and those of the single-task runs."""
-    rows = [
-        [f"after {name}", *map(_score, values)]
-        for name, values in zip(run.names, run.matrix, strict=False)
-    ]
-    if run.single:
-        rows.append(["single task", *map(_score, run.single)])
-    return Table(["score %", *run.names], rows)
-
-
-def named(groups: Sequence[Group]) -> list[tuple[str, records.Run]]:
-    """(name, run) of all runs, the names made of method and seed."""
-    pairs = []
-    for label, runs in groups:
-        seeds = [r.seed for r in runs]
-        for run in runs:
-            name = label if run.seed is None else f"{label}, seed {run.seed}"
-            clear = run.seed is not None and seeds.count(run.seed) == 1
-            unique = clear or len(runs) == 1
-            pairs.append((name if unique else f"{name}, {run.path.name}", run))
-    return pairs
-
-
-def to_json(groups: Sequence[Group]) -> dict[str, Any]:
+def to_json(groups: Sequence[tables.Group]) -> dict[str, Any]:
     """All tables as plain JSON types; scores are fractions, NaN becomes null."""
     summary = []
     for label, runs in groups:
@@ -381,9 +142,9 @@ def to_json(groups: Sequence[Group]) -> dict[str, Any]:
         row |= {"n": len(runs), "unfinished": sum(not r.finished for r in runs)}
         row["seeds"] = [r.seed for r in runs]
         for key in runs[0].figures:
-            value = stat(runs, key)
+            value = tables.stat(runs, key)
             row[key] = value._asdict() if value else None
-        summary.append(row | {"extra_flops": extra_flops(runs, groups)})
+        summary.append(row | {"extra_flops": tables.extra_flops(runs, groups)})
     known = (
         "single",
         "before_after",
@@ -400,95 +161,37 @@ def to_json(groups: Sequence[Group]) -> dict[str, Any]:
         | run.figures
         | {"matrix": run.matrix}
         | {key: run.results.get(key) for key in known}
-        | {"config": run.settings, "command": command(run)}
-        for name, run in named(groups)
+        | {"config": run.settings, "command": tables.command(run)}
+        for name, run in tables.named(groups)
     ]
     matches = published.matching(run for g in groups for run in g.runs)
     return _plain({"summary": summary, "published": matches, "runs": detail})
 
 
-def markdown(groups: Sequence[Group]) -> str:
+def markdown(groups: Sequence[tables.Group]) -> str:
     """The tables of the page as Markdown."""
-    runs = [run for g in groups for run in g.runs]
-    parts = ["# Runs", _markdown(results_table(groups)), _LEGEND]
-    costs, matches = costs_table(groups), published.matching(runs)
-    if costs:
-        parts += ["## Costs", _markdown(costs), _COSTS]
-    held_out = held_out_table(groups)
-    if held_out:
-        parts += ["## Held-out tasks", _markdown(held_out)]
-    if matches:
-        parts += ["## Published", _markdown(published_table(matches)), _PUBLISHED]
-    if published_note(runs):
-        parts.append(published_note(runs))
+    parts = ["# Runs"]
+    for title, table, note in tables.overview(groups):
+        parts += [f"## {title}", *([_markdown(table)] if table.rows else []), note]
     if sum(len(g.runs) for g in groups) > len(groups):
-        parts += ["## Each run", _markdown(runs_table(groups))]
-    for name, run in named(groups):
+        parts += ["## Each run", _markdown(tables.runs_table(groups))]
+    for name, run in tables.named(groups):
         state = "" if run.finished else f" ({run.progress})"
-        facts = [f"- {k}: {v}" for k, v in _facts(run) if k != "command"]
+        facts = [f"- {k}: {v}" for k, v in tables.facts(run) if k != "command"]
         parts += [f"## {_cell(name)}{state}", "\n".join(map(_cell, facts))]
-        parts += [f"```sh\n{command(run)}\n```"] if command(run) else []
-        parts += [_markdown(matrix_table(run))] if run.matrix else []
-        data = data_table(run)
-        parts += ["Rows used:", _markdown(data)] if data else []
+        parts += [f"```sh\n{tables.command(run)}\n```"] if tables.command(run) else []
+        parts += [_markdown(tables.matrix_table(run))] if run.matrix else []
+        data = tables.data_table(run)
+        parts += ["Rows used:", _markdown(data)] if data.rows else []
     return "\n\n".join(parts) + "\n"
-
-
-def published_note(runs: Sequence[records.Run]) -> str:
-    """What to know before comparing with published numbers; empty if there are none."""
-    matches = published.matching(runs)
-    others = {e["model"] for run in runs for e in published.same_benchmark(run)}
-    if not matches and others:
-        names = {pathlib.PurePath(str(r.settings.get("model.path"))).name for r in runs}
-        return (
-            f"No number is published for this benchmark and {', '.join(sorted(names))};"
-            f" there are some for {', '.join(sorted(others))}."
-        )
-    limited = limits(runs) if matches else ""
-    return f"Runs on this page are limited: {limited}." if limited else ""
-
-
-def text(table: Table) -> str:
-    """A table for a terminal."""
-    widths = [
-        max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)
-    ]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in table.numbers() else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [table.head, *table.rows]
-    )
-
-
-def command(run: records.Run) -> str | None:
-    """The command that repeats `run`: a config file and what the run set differently."""
-    if run.results.get("command") or not run.settings:
-        return run.results.get("command")
-    benchmark = run.settings.get("data.benchmark", "synthetic")
-    name = "quickstart" if benchmark == "synthetic" else benchmark
-    file = pathlib.Path(aim_jax.__file__).parents[1] / "configs" / f"{name}.py"
-    chosen = ("method.name", "method.preset")
-    choices = [f"{k}={run.settings[k]}" for k in chosen if k in run.settings]
-    try:
-        base = config.load(str(file), choices)
-    except aim_jax.InputError:
-        base = config.Config()
-    usual = records.flatten(config.to_json(base))
-    words = ["python", "-m", "aim_jax.main", "--config", f"configs/{name}.py"]
-    for path, value in run.settings.items():
-        if value != usual.get(path) or path in chosen:
-            words += ["--set", f"{path}={_flag(value)}"]
-    return shlex.join([*words, "--workdir", "DIR"])
 
 
 # The page
 
 
-def page(groups: Sequence[Group]) -> str:
+def page(groups: Sequence[tables.Group]) -> str:
     """The whole page as HTML."""
-    runs = named(groups)
+    runs = tables.named(groups)
     streams = " / ".join(dict.fromkeys(r.stream for _, r in runs))
     methods = list(dict.fromkeys(r.method for _, r in runs))
     what = ", ".join(methods) if len(methods) < 5 else f"{len(methods)} methods"
@@ -497,21 +200,16 @@ def page(groups: Sequence[Group]) -> str:
     if len(runs) > 1:
         links = (f'<a href="#run-{i}">{_e(n)}</a>' for i, (n, _) in enumerate(runs, 1))
         parts.append(f"<nav>Runs: {' '.join(links)}</nav>")
-    parts.append(f"</header><h2>Results</h2>{_html(results_table(groups))}")
-    parts.append(f'<p class="note">{_e(_LEGEND)}</p>')
-    costs = costs_table(groups)
-    if costs:
-        parts.append(f"<h2>Costs</h2>{_html(costs)}")
-        parts.append(f'<p class="note">{_e(_COSTS)}</p>')
-    held_out = held_out_table(groups)
-    if held_out:
-        parts.append(f"<h2>Held-out tasks</h2>{_html(held_out)}")
-        parts.append(f'<p class="note">{_e(_HELD_OUT)}</p>')
-    parts += _published([run for _, run in runs])
+    parts.append("</header>")
+    for name, table, note in tables.overview(groups):
+        parts += [f"<h2>{name}</h2>", _html(table) if table.rows else ""]
+        parts.append(f'<p class="note">{_e(note)}</p>')
     if len(runs) > len(groups):
-        parts.append(_details("Each run", _html(runs_table(groups))))
-    if varied([r.settings for _, r in runs]):
-        parts.append(_details("Settings that differ", _html(_differences(runs))))
+        parts.append(_details("Each run", _html(tables.runs_table(groups))))
+    if tables.varied([r.settings for _, r in runs]):
+        parts.append(
+            _details("Settings that differ", _html(tables.differences_table(runs)))
+        )
     curves = []
     for stream in dict.fromkeys(tuple(r.names) for _, r in runs if r.matrix):
         alike = [
@@ -544,27 +242,11 @@ def page(groups: Sequence[Group]) -> str:
     return _PAGE.format(title=_e(title), style=svg.CSS + _STYLE, body="\n".join(parts))
 
 
-def _published(runs: Sequence[records.Run]) -> list[str]:
-    """The published results that match `runs`, the first of them in sight."""
-    table, note = published_table(published.matching(runs)), published_note(runs)
-    parts = []
-    if table.rows:
-        first = table._replace(rows=table.rows[:QUOTED])
-        rest = table._replace(rows=table.rows[QUOTED:])
-        more = _details(f"{len(rest.rows)} more", _html(rest)) if rest.rows else ""
-        parts.append("<h2>Published results</h2>")
-        parts.append(f'<div class="quoted">{_html(first)}{more}</div>')
-        parts.append(f'<p class="note">{_e(_PUBLISHED)}</p>')
-    if note:
-        parts.append(f'<p class="note">{_e(note)}</p>')
-    return parts
-
-
 def _run_section(number: int, name: str, run: records.Run, count: int) -> str:
     """What there is to say of one of `count` runs; less if they are many."""
     facts = "".join(
         f"<dt>{_e(k)}</dt><dd>{_code(v) if k == 'command' else _e(v)}</dd>"
-        for k, v in _facts(run)
+        for k, v in tables.facts(run)
     )
     parts = [f'<dl id="run-{number}">{facts}</dl>']
     parts += [f'<p class="bad">{_e(note)}</p>' for note in run.notes]
@@ -583,10 +265,10 @@ def _run_section(number: int, name: str, run: records.Run, count: int) -> str:
         if values:
             rows = [[k, json.dumps(v)] for k, v in values.items()]
             parts.append(
-                _details(title, _html(Table(["field", "value"], rows, left=2)))
+                _details(title, _html(tables.Table(["field", "value"], rows, left=2)))
             )
-    data = data_table(run)
-    if data:
+    data = tables.data_table(run)
+    if data.rows:
         parts.append(_details("Data", _html(data)))
     tag = "" if run.finished else f' <span class="tag">{_e(run.progress)}</span>'
     summary = f"<summary><h2>{_e(name)}{tag}</h2></summary>"
@@ -610,7 +292,7 @@ def _training(number: int, run: records.Run) -> list[str]:
         panels = _grid(list(plots.of_task(task).values()))
         parts.append(f'<h3 id="{anchor}">{heading}</h3>{panels}')
         if task.merges:
-            parts.append(_details("Table of merges", _html(_merges_table(task))))
+            parts.append(_details("Table of merges", _html(tables.merges_table(task))))
     return parts
 
 
@@ -622,11 +304,11 @@ def _predictions(task: records.Task) -> str:
     )
     wrong = [r for r in rows if r["score"] < 1]
     lost = sum(task.before.get(str(r["id"]), r["score"]) > r["score"] for r in wrong)
-    table = Table(
+    table = tables.Table(
         ["id", "input", "label", "prediction", "score", "when learnt"],
         [
             [str(r["id"]), _cut(r["input"]), r["label"], r["prediction"]]
-            + [_score(r["score"]), _score(task.before.get(str(r["id"])))]
+            + [tables.score(r["score"]), tables.score(task.before.get(str(r["id"])))]
             for r in rows[:PREDICTIONS]
         ],
         left=4,
@@ -650,60 +332,26 @@ def _sources(runs: Sequence[tuple[str, records.Run]]) -> str:
     return f"{count}, written {_e(span)}{anew}{tag}"
 
 
-def _merges_table(task: records.Task) -> Table:
-    fields = [k for k in task.merges[0] if k not in ("task", "name")]
-    rows = [[_value(r.get(k)) for k in fields] for r in task.merges]
-    return Table([k.replace("_", " ") for k in fields], rows, left=0)
-
-
-def _differences(runs: Sequence[tuple[str, records.Run]]) -> Table:
-    paths = varied([r.settings for _, r in runs])
-    rows = [[p, *(_value(r.settings.get(p)) for _, r in runs)] for p in paths]
-    return Table(["field", *(name for name, _ in runs)], rows, left=len(runs) + 1)
-
-
-def _facts(run: records.Run) -> list[tuple[str, str]]:
-    return [
-        ("method", run.method),
-        ("stream", f"{run.stream}: {', '.join(run.names)}"),
-        ("seed", "unknown" if run.seed is None else str(run.seed)),
-        ("model", str(run.settings.get("model.path", "unknown"))),
-        ("data", _data(run)),
-        ("scoring", run.results.get("scoring", "of the run")),
-        ("files", f"{run.path}, {run.date}"),
-        ("command", command(run) or "unknown: there is no config.json"),
-    ]
-
-
-def _data(run: records.Run) -> str:
-    """Rows a run used, and its leaks, in one line."""
-    used = list((run.results.get("rows") or {}).values())
-    if not used:
-        return "unknown"
-    total = {k: sum(rows.get(k, 0) for rows in used) for k in used[0]}
-    sizes = " / ".join(f"{total.get(s, 0)} {s}" for s in ("train", "dev", "test"))
-    text = f"{sizes} rows; {total.get('dropped', 0)} dropped because of leaks"
-    text += f", {total.get('dev_in_test', 0)} dev rows in use are test rows"
-    return f"{text}; limits: {limits([run])}" if limits([run]) else text
-
-
-def _html(table: Table) -> str:
-    """A table that scrolls sideways where it must."""
+def _html(table: tables.Table) -> str:
+    """A table that scrolls sideways where it must; rows beyond its fold are hidden."""
     rows = []
-    for tag, cells in [("th", table.head), *(("td", row) for row in table.rows)]:
+    shown = [("td", row) for row in table.rows[: table.fold]]
+    for tag, cells in [("th", table.head), *shown]:
         line = (
             f"<{tag}{' class=n' if i in table.numbers() else ''}>{_e(c)}</{tag}>"
             for i, c in enumerate(cells)
         )
         rows.append(f"<tr>{''.join(line)}</tr>")
     head, *body = rows
+    hidden = table._replace(rows=table.rows[len(body) :], fold=None)
+    more = _details(f"{len(hidden.rows)} more", _html(hidden)) if hidden.rows else ""
     return (
-        f'<div class="table"><table><thead>{head}</thead>'
-        f"<tbody>{chr(10).join(body)}</tbody></table></div>"
+        f'<div class="table{" quoted" if table.right else ""}"><table><thead>{head}</thead>'
+        f"<tbody>{chr(10).join(body)}</tbody></table></div>{more}"
     )
 
 
-def _markdown(table: Table) -> str:
+def _markdown(table: tables.Table) -> str:
     rule = ["---:" if i in table.numbers() else "---" for i in range(len(table.head))]
     rows = [table.head, rule, *table.rows]
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
@@ -733,56 +381,6 @@ def _cut(text: str) -> str:
     return text if left <= 0 else f"{text[:LETTERS]} [{left} more letters]"
 
 
-def _percent(runs: Sequence[records.Run], field: str) -> str:
-    """Mean and deviation in percent; of how many of `runs`, if not of all."""
-    value = stat(runs, field)
-    if value is None:
-        return NONE
-    text = _score(value.mean)
-    if value.std is not None:
-        text += f" \N{PLUS-MINUS SIGN} {100 * value.std:.1f}"
-    text += "" if value.n == len(runs) else f" (n={value.n})"
-    return text if any(r.finished for r in runs) else f"{text} so far"
-
-
-def _mean(runs: Sequence[records.Run], figure: str, form: str = ".0f") -> str:
-    value = stat(runs, figure)
-    return NONE if value is None else f"{value.mean:{form}}"
-
-
-def _size(count: float) -> str:
-    """A number of bytes in decimal units."""
-    power = min(3, int(math.log10(max(count, 1)) // 3))
-    number = f"{count / 1000**power:.{min(power, 1)}f}"
-    return f"{number} {('B', 'kB', 'MB', 'GB')[power]}"
-
-
-def _score(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f}"
-
-
-def _value(value: Any) -> str:
-    """A value of a record, as short as it stays useful."""
-    if value is None:
-        return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list) and len(value) > WHOLE:
-        return f"{_value(value[0])} \N{HORIZONTAL ELLIPSIS} {_value(value[-1])}"
-    if isinstance(value, list):
-        return " / ".join(map(_value, value))
-    return str(value)
-
-
-def _flag(value: Any) -> str:
-    """A config value as `--set` reads it."""
-    if isinstance(value, list):
-        return ",".join(map(_flag, value))
-    return str(value).lower() if value is None or value in (True, False) else str(value)
-
-
 def _plain(value: Any) -> Any:
     """`value` with null for what JSON cannot hold."""
     if isinstance(value, dict):
@@ -790,15 +388,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _settings(run: records.Run) -> dict[str, Any]:
-    """Settings that tell experiments apart: neither seeds nor incidental ones."""
-    return {
-        k: v
-        for k, v in run.settings.items()
-        if k not in SEEDS and k.split(".")[0] not in config.INCIDENTAL
-    }
 
 
 def _e(text: str) -> str:

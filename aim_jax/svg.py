@@ -37,9 +37,9 @@ svg.plot .grid { stroke: var(--rule); stroke-width: 1 }
 svg.plot .mark { stroke: var(--soft); stroke-width: 1; opacity: .75 }
 svg.plot .line { fill: none; stroke: var(--c); stroke-width: 1.7;
   stroke-linejoin: round; stroke-linecap: round }
-svg.plot .thin { stroke-width: 1.2; stroke-dasharray: 1.5 3 }
 svg.plot .faint { stroke-width: 1; opacity: .4 } svg.plot .bold { stroke-width: 2.8 }
 svg.plot .dash { stroke-dasharray: 5 3.5; stroke-linecap: butt }
+svg.plot .thin { stroke-width: 1.2 } svg.plot .thin.dash { stroke-dasharray: 1.5 2.5 }
 svg.plot .dot { fill: var(--c); stroke: var(--page); stroke-width: 1 }
 svg.plot .heat { fill: var(--heat) } svg.plot .none { fill: var(--panel) }
 svg.plot rect.own { stroke: var(--ink); stroke-width: 1.5 }

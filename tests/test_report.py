@@ -18,7 +18,7 @@ import hypothesis.strategies as st
 import pytest
 
 import aim_jax
-from aim_jax import config, plots, records, report, svg
+from aim_jax import config, plots, records, report, svg, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ["topic", "sentiment", "entailment"]
@@ -176,7 +176,7 @@ def test_runs_that_differ_in_more_than_seed_are_told_apart(tmp_path):
     make_run(tmp_path / "a", cfg=config.Config())
     make_run(tmp_path / "b", cfg=small, seed=7)
     names = [
-        g.label for g in report.group([*map(records.load, records.find([tmp_path]))])
+        g.label for g in tables.group([*map(records.load, records.find([tmp_path]))])
     ]
     assert names == ["aim (memory.percent=2.0)", "aim (memory.percent=1.0)"]
 
@@ -185,8 +185,8 @@ def test_unfinished_run_does_not_blur_the_mean_of_its_group(tmp_path):
     make_run(tmp_path / "a", seed=1)
     make_run(tmp_path / "b", seed=2)
     edit_results(tmp_path / "b", op=0.1, finished=False)
-    (group,) = report.group([*map(records.load, records.find([tmp_path]))])
-    row = report.results_table([group]).rows[0]
+    (group,) = tables.group([*map(records.load, records.find([tmp_path]))])
+    row = tables.results_table([group]).rows[0]
     op = json.loads((tmp_path / "a" / "results.json").read_text())["op"]
     assert row[1] == f"{100 * op:.1f} (n=1)"
     assert row[-1] == "2, 1 unfinished"
@@ -221,7 +221,7 @@ def test_run_that_did_not_count_its_work_has_no_costs(tmp_path):
     edit_results(run, work=None)
     report.write([run], tmp_path / "out.html")
     assert "Costs" not in page(tmp_path / "out.html").text
-    assert page(tmp_path / "out.html").tables[0][1][5] == report.NONE
+    assert page(tmp_path / "out.html").tables[0][1][5] == tables.NONE
 
 
 def published_run(folder, path, benchmark="long_sequence", order=1, **data):
@@ -241,7 +241,7 @@ def test_published_numbers_stand_beside_runs_of_their_benchmark_and_model(tmp_pa
         *("order", "source", "confidence", "note"),
     ]
     rows = shown[1:] + more[1:]
-    assert len(shown) == 1 + report.QUOTED and len(rows) == 32 + 44
+    assert len(shown) == 1 + tables.QUOTED and len(rows) == 32 + 44
     assert rows[0][0] == "AimMerging"
     for row in rows:
         assert row[1] == "T5-large" and row[5] in ("1", "mean")
@@ -255,7 +255,7 @@ def test_published_numbers_of_other_models_are_only_named(tmp_path):
     run = published_run(tmp_path / "run", "embedded", "superni", 7)
     report.write([run], tmp_path / "out.html")
     text = page(tmp_path / "out.html").text
-    assert "No number is published for this benchmark and embedded; there are" in text
+    assert "Nothing for this benchmark on embedded; there are numbers for" in text
     assert "Qwen3-0.6B" in text and "confidence" not in text.lower()
 
 
@@ -497,7 +497,7 @@ def test_unfinished_run_shows_what_there_is(tmp_path):
     assert "there is no results.json yet" in parsed.text
     assert "the last line of metrics.jsonl is cut off and left out" in parsed.text
     assert "Training loss over the stream" in parsed.text
-    assert parsed.tables[0][1][1:4] == [report.NONE] * 3
+    assert parsed.tables[0][1][1:4] == [tables.NONE] * 3
 
 
 def test_run_between_tasks_is_marked_unfinished(tmp_path):
@@ -625,7 +625,7 @@ def test_command_gives_the_config_back(tmp_path):
     run = make_run(tmp_path / "run")
     write_json(run / "config.json", config.to_json(cfg))
     edit_results(run, seed=cfg.train.seed)
-    words = shlex.split(report.command(records.load(run)))
+    words = shlex.split(tables.command(records.load(run)))
     assert words[:3] == ["python", "-m", "aim_jax.main"]
     file = str(ROOT / words[words.index("--config") + 1])
     again = [b for a, b in zip(words, words[1:], strict=False) if a == "--set"]
