@@ -106,6 +106,7 @@ class Parallel:
     """Devices."""
 
     mode: str = "auto"  # `auto`, `pmap` or `jit`
+    tensor: int = 1  # devices that share a matrix product; the others share the rows
     speculate: bool = True  # send a step before the signals of the last one are read
 
 
@@ -206,6 +207,7 @@ BOUNDS = {
             "method.grow",
             "eval.batch_size",
             "eval.max_length",
+            "parallel.tensor",
         ),
         (1, math.inf),
     ),

@@ -1,11 +1,14 @@
 """Devices: one pure step, two compilers, and the placement of what they take.
 
-`pmap` keeps a copy of everything on each device and splits the rows of a batch; `jit`
-does the same over a named mesh by sharding annotations. Both give the same numbers.
+`pmap` keeps a copy of everything on each device and splits the rows of a batch. `jit` works
+over a named mesh by sharding annotations: the axis `data` splits the rows of a batch and
+the base (FSDP), the axis `tensor` the base alone (tensor parallel). Delta and optimizer
+state are small and whole on every device. Both give the same numbers.
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +16,16 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import aim_jax
+from aim_jax import config
+
 AXIS = "data"
+AXES = (AXIS, "tensor")
+Rules = Sequence[tuple[str, P]]
 
 
 class Devices(NamedTuple):
-    """The mesh and how steps are compiled for it."""
+    """The mesh (data, tensor) and how steps are compiled for it."""
 
     mesh: jax.sharding.Mesh
     mode: str
@@ -25,7 +33,7 @@ class Devices(NamedTuple):
     @property
     def count(self) -> int:
         """Number of devices that share a batch's rows."""
-        return self.mesh.size
+        return self.mesh.shape[AXIS]
 
     @property
     def replicated(self) -> NamedSharding:
@@ -33,21 +41,52 @@ class Devices(NamedTuple):
         return NamedSharding(self.mesh, P())
 
 
-def open_devices(mode: str) -> Devices:
-    """All local devices; `auto` is pmap where there are several, else jit."""
-    devices = jax.local_devices()
+def open_devices(
+    cfg: config.Parallel,
+    base_bytes: Callable[[], int] = int,
+    devices: Sequence[jax.Device] | None = None,
+) -> Devices:
+    """The mesh of all local devices, or of `devices`, and the mode that `cfg` asks for.
+
+    Mode `auto` is pmap where there are several devices and each can hold the base
+    (`base_bytes()`, which must leave as much room for all else), else jit. Raises
+    InputError where the fields of `parallel` do not fit the devices or each other.
+    """
+    devices = devices or jax.local_devices()
+    mode, count = cfg.mode, len(devices)
     if mode == "auto":
-        mode = "pmap" if len(devices) > 1 else "jit"
-    mesh = jax.make_mesh(
-        (len(devices),), (AXIS,), devices=devices, axis_types=(AxisType.Auto,)
-    )
+        several = count > 1 and cfg.tensor == 1
+        whole = several and _fits(devices[0], base_bytes())
+        mode = "pmap" if whole else "jit"
+    if count % cfg.tensor:
+        raise aim_jax.InputError(
+            f"parallel.tensor: {cfg.tensor} does not divide the {count} devices"
+        )
+    if mode == "pmap" and cfg.tensor > 1:
+        raise aim_jax.InputError("parallel.tensor: above 1 it needs parallel.mode=jit")
+    shape = (count // cfg.tensor, cfg.tensor)
+    mesh = jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices)
     return Devices(mesh, mode)
+
+
+def shardings(
+    shapes: Mapping[str, Any], rules: Rules, devices: Devices
+) -> dict[str, NamedSharding]:
+    """The sharding of each parameter of a base by its path.
+
+    rules: (pattern of the whole path, spec of the last axes); a path without a rule is
+    replicated, and so is an axis that its devices do not divide.
+    """
+    return {
+        path: _sharding(path, leaf, rules, devices) for path, leaf in shapes.items()
+    }
 
 
 def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable:
     """`step` compiled; argument number `batch` of `args` is split by rows (axis 1)."""
     if devices.mode == "jit":
-        return jax.jit(step)
+        # Said, so that no state comes back split and is compiled for anew.
+        return jax.jit(step, out_shardings=devices.replicated)
     return jax.pmap(
         functools.partial(step, axis=AXIS),
         axis_name=AXIS,
@@ -72,6 +111,19 @@ def place_rows(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]
     return jax.device_put(batch, NamedSharding(devices.mesh, P(AXIS)))
 
 
-def rows(count: int, devices: Devices) -> int:
-    """`count` rounded up to a multiple of the number of devices."""
-    return -(-count // devices.count) * devices.count
+def _sharding(path: str, leaf: Any, rules: Rules, devices: Devices) -> NamedSharding:
+    spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), P())
+    if devices.mode == "pmap":
+        spec = P()
+    spec = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
+    fitting = [
+        axis if axis and size % devices.mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, leaf.shape, strict=True)
+    ]
+    return NamedSharding(devices.mesh, P(*fitting))
+
+
+def _fits(device: jax.Device, size: int) -> bool:
+    """Whether `size` bytes are at most half of the device's memory, if that is known."""
+    stats = device.memory_stats() or {}
+    return 2 * size <= stats.get("bytes_limit", 2 * size)

@@ -215,8 +215,8 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     for metric in {task.metric for task in [*stream, *held]}:
         # Shows a missing package now and not after hours of training.
         metrics.score_row(metric, "", "")
-    devices = parallel.open_devices(cfg.parallel.mode)
-    base = hf.load(cfg.model, devices.replicated)
+    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+    base = hf.load(cfg.model, devices)
     text = batches.Text(
         batches.tokenizer(hf.directory(cfg.model.path)),
         base.family.KIND,

@@ -26,7 +26,7 @@ def setup():
 
 def test_any_batch_gives_the_same_tokens(setup):
     base, text, examples, decode = setup
-    devices = parallel.open_devices("jit")
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
     alone, batched = (
         evaluate.generate(decode, base.params, {}, text, examples, rows, devices)
         for rows in (1, 7)
@@ -38,7 +38,7 @@ def test_any_batch_gives_the_same_tokens(setup):
 
 def test_tokens_are_the_most_likely_ones(setup):
     base, text, examples, decode = setup
-    devices = parallel.open_devices("jit")
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
     tokens = evaluate.generate(decode, base.params, {}, text, examples, 8, devices)
     eos = text.tokenizer.eos_token_id
     assert any(0 < len(t) < 9 for t in tokens)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax import evaluate, fusion, lora, methods, metrics, parallel, steps
+from aim_jax import config, evaluate, fusion, lora, methods, metrics, parallel, steps
 from aim_jax.data import batches
 from aim_jax.methods import aim
 from aim_jax.models import hf, layers
@@ -404,7 +404,7 @@ def predictions(kit):
     """Predicted tokens and texts of recorded adapters, for the asked-for rows."""
     cfg = kit.cfg
     decode = evaluate.greedy(kit.base.model, kit.text.tokenizer.eos_token_id, cfg)
-    devices = parallel.open_devices("jit")
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
 
     def run(delta, task, longest):
         rows = golden.read(f"data/test/{task}_T5.json.gz")

@@ -15,7 +15,7 @@ from fixtures import make_models
 
 import aim_jax
 from aim_jax import config, lora, models
-from aim_jax.models import decoder, hf
+from aim_jax.models import decoder, hf, layers
 
 NAMES = sorted(make_models.CONFIGS)
 DECODERS = [n for n in NAMES if "t5" not in n]
@@ -188,6 +188,22 @@ def test_dropout():
     plain, dropped = (apply(variables, leaves, rngs=r) for r in ({}, _rngs()))
     assert np.allclose(plain, logits("llama3", leaves), atol=1e-5)
     assert not np.allclose(plain, dropped)
+
+
+def test_dropped_places_are_independent_of_key_and_neighbours():
+    keys = jax.random.split(jax.random.key(0), 300)
+    kept = jax.jit(jax.vmap(lambda k: layers.drop(jnp.ones((32, 512)), 0.1, k)))(keys)
+    assert set(np.unique(kept)) == {np.float32(0), np.float32(1 / 0.9)}
+    kept = (np.asarray(kept).reshape(300, -1) > 0) - 0.9
+    # Each mean in units of its standard error under independence: 5 is one in 1e6.
+    sigma = 0.3
+    assert abs(kept.mean()) < 5 * sigma / kept.size**0.5
+    for pairs in (
+        kept[1:] * kept[:-1],
+        *(kept[:, step:] * kept[:, :-step] for step in (1, 2, 8, 32, 512)),
+    ):
+        assert abs(pairs.mean()) < 5 * sigma**2 / pairs.size**0.5
+    assert (layers.drop(jnp.ones(9), 0.0, keys[0]) == 1).all()
 
 
 def _keys():

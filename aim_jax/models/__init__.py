@@ -8,6 +8,8 @@ A family is a module of this folder with
     keys(config) -> dict  path of each parameter -> Hugging Face name, `{}` = layer number
     COPIES                names that a checkpoint may repeat -> the name they are a copy of
     IGNORED               regular expressions of names that no one needs
+    RULES                 (pattern of a path, spec over the axes `data` and `tensor`), how
+                          `parallel` splits the weights
 
 and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool and `targets`
 (b, k) int32,

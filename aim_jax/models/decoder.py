@@ -14,12 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 import aim_jax
 from aim_jax.models import layers
 
 KIND = "decoder"
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+# How FSDP (`data`) and tensor parallelism split the weights (out, in): a layer's first
+# products by output, its last ones by input, so that only their sums cross devices.
+RULES = (
+    (r"(embed|head)/weight", P("tensor", "data")),
+    (r".*/(q|k|v|gate|up)/weight", P("tensor", "data")),
+    (r".*/(o|down)/weight", P("data", "tensor")),
+)
 # Constants that early Llama checkpoints stored.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
@@ -274,7 +282,7 @@ class Attention(nn.Module):
                 cache,
                 new,
             )
-        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        dropout = layers.Dropout(c.dropout)
         out = layers.attend(q_bhtd, *new, last.bias, dropout)
         return dense("o", c.width, False)(layers.merge_heads(out)), new
 

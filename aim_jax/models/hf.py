@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import config, lora, models
+from aim_jax import config, lora, models, parallel
 
 ASSETS = pathlib.Path(aim_jax.__file__).parent / "assets"
 # What a model directory of the hub is read for: config, tokenizer, weights.
@@ -98,31 +98,47 @@ def snapshot(path: str, field: str, patterns: list[str]) -> pathlib.Path:
         ) from None
 
 
-def load(cfg: config.Model, sharding: jax.sharding.Sharding | None = None) -> Base:
+def load(cfg: config.Model, devices: parallel.Devices | None = None) -> Base:
     """The base model of `model.path` with float parameters in `model.dtype`.
 
+    Each parameter goes straight onto its devices, split by the rules of the family (onto
+    the first device without `devices`).
     Raises InputError for an unsupported architecture, missing files, pickle files, and
     for tensors that are missing, unknown, repeated or of another shape, naming them.
     """
     folder = directory(cfg.path)
-    family, model_config = read_config(folder)
-    dtype = jnp.dtype(cfg.dtype)
-    changes: dict[str, Any] = {"dtype": dtype, "remat": cfg.remat}
-    if cfg.dropout is not None:
-        changes["dropout"] = cfg.dropout
-    model_config = dataclasses.replace(model_config, **changes)
-    model, keys = family.Model(model_config), family.keys(model_config)
+    family, model = build(cfg)
+    keys = family.keys(model.config)
     shapes = flatten(abstract(model))
     files = tensor_files(folder)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if devices:
+        places = parallel.shardings(shapes, family.RULES, devices)
+    else:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = dict.fromkeys(shapes, first)
     files = _without_copies(folder, files, set(keys.values()), family.COPIES)
     _check(folder, files, shapes, keys, family.IGNORED)
+    dtype = jnp.dtype(cfg.dtype)
     flat = {
-        path: _place(files, keys[path], leaf, dtype, sharding)
+        path: _place(files, keys[path], leaf, dtype, places[path])
         for path, leaf in shapes.items()
     }
     return Base(family, model, unflatten(flat), keys, _fingerprint(folder, files))
+
+
+def build(cfg: config.Model) -> tuple[ModuleType, Any]:
+    """Family and Linen module of a `model` section; no weight is read."""
+    family, model_config = read_config(directory(cfg.path))
+    changes: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.remat}
+    if cfg.dropout is not None:
+        changes["dropout"] = cfg.dropout
+    return family, family.Model(dataclasses.replace(model_config, **changes))
+
+
+def size(cfg: config.Model) -> int:
+    """Bytes of the base model of a `model` section."""
+    leaves = jax.tree.leaves(abstract(build(cfg)[1]))
+    return sum(x.size for x in leaves) * jnp.dtype(cfg.dtype).itemsize
 
 
 def companions(folder: pathlib.Path) -> list[pathlib.Path]:

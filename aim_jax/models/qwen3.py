@@ -10,6 +10,7 @@ from aim_jax.models import decoder
 KIND = decoder.KIND
 COPIES = decoder.COPIES
 IGNORED = decoder.IGNORED
+RULES = decoder.RULES
 Config = decoder.Config
 Model = decoder.Model
 keys = decoder.keys

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 import aim_jax
 from aim_jax.models import layers
@@ -22,6 +23,11 @@ COPIES = {
     "decoder.embed_tokens.weight": "shared.weight",
     "lm_head.weight": "shared.weight",
 }
+RULES = (
+    (r"(shared|head)/weight", P("tensor", "data")),
+    (r".*/(q|k|v|wi|wi_0|wi_1)/weight", P("tensor", "data")),
+    (r".*/(o|wo)/weight", P("data", "tensor")),
+)
 # The first releases stored this bias and never used it.
 IGNORED = (
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
@@ -190,7 +196,7 @@ class Attention(nn.Module):
                     new,
                 )
             cache = new
-        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        dropout = layers.Dropout(c.dropout)
         out = layers.attend(q_bhtd, *cache, bias, dropout)
         return dense("o", c.width)(layers.merge_heads(out)), cache
 
@@ -212,7 +218,7 @@ class MLP(nn.Module):
             h = act(dense("wi_0", c.mlp)(x)) * dense("wi_1", c.mlp)(x)
         else:
             h = act(dense("wi", c.mlp)(x))
-        h = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(h)
+        h = layers.Dropout(c.dropout)(h)
         return dense("wo", c.width)(h)
 
 
@@ -234,7 +240,7 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any] | None]:
         c = self.config
         kept = cache or {}
-        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        dropout = layers.Dropout(c.dropout)
 
         def norm(name: str) -> jax.Array:
             return layers.RMSNorm(c.eps, name=name)(x)
@@ -270,7 +276,7 @@ class Stack(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any] | None]:
         """Output (b, t, i) and new cache; `visible` broadcasts to (b, 1, t, s)."""
         c = self.config
-        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        dropout = layers.Dropout(c.dropout)
         relative = RelativeBias(c, not self.decoder, name="relative")
         if index is None:
             bias = relative(x.shape[1], x.shape[1])
