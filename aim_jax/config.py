@@ -62,7 +62,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """One task's training."""
+    """One task's training; 0 epochs leave the adapter as it is."""
 
     seed: int = 42
     epochs: int = 10
@@ -89,6 +89,7 @@ class Lora:
     dropout: float = 0.05
     target: tuple[str, ...] = ("q", "v")  # module names, or one regular expression
     use_rslora: bool = False
+    path: str | None = None  # PEFT adapter that the stream starts from; None: a new one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,6 @@ BOUNDS = {
             "data.max_target",
             "data.max_test_input",
             "memory.batch_size",
-            "train.epochs",
             "train.batch_size",
             "train.micro_batch_size",
             "train.eval_every",
@@ -213,6 +213,7 @@ BOUNDS = {
     ),
     **dict.fromkeys(
         (
+            "train.epochs",
             "train.learning_rate",
             "train.warmup_steps",
             "train.clip_norm",

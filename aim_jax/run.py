@@ -50,6 +50,7 @@ class Job(NamedTuple):
     """All that stays the same while a run goes on.
 
     held_out: tasks that are scored before and after the stream.
+    start: the adapter `lora.path`, None for a new one.
     memory: rows kept of each task of the stream, none for a method without memory.
     usage: `tasks.usage` by task.
     work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes` and
@@ -61,6 +62,7 @@ class Job(NamedTuple):
     stream: list[tasks.Task]
     held_out: list[tasks.Task]
     base: hf.Base
+    start: Tree | None
     text: batches.Text
     devices: parallel.Devices
     steps: steps.Steps
@@ -223,6 +225,10 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         cfg.data,
         devices.count,
     )
+    start = None
+    if cfg.lora.path:
+        start = hf.start(cfg.lora, base.params, base.keys)
+        start = jax.device_put(start, devices.replicated)
     lora.targets(base.keys, cfg.lora)
     probe_dropout = bool(getattr(cfg.method, "probe_dropout", False))
     pure = steps.make(base.model, cfg, probe_dropout)
@@ -244,6 +250,7 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         stream,
         held,
         base,
+        start,
         text,
         devices,
         compiled,
@@ -271,7 +278,7 @@ def fresh(job: Job) -> Tree:
 
 
 def fingerprints(job: Job) -> dict[str, str]:
-    """Hashes of what a run was begun with: the base, and the rows that each task uses."""
+    """Hashes of what a run was begun with: base, adapter, the rows that each task uses."""
     rows = {
         f"the {split} rows of task '{task.name}'": getattr(task, split)
         for task in job.stream
@@ -280,9 +287,12 @@ def fingerprints(job: Job) -> dict[str, str]:
         f"the memory rows of task '{task.name}'": kept
         for task, kept in zip(job.stream, job.memory, strict=False)
     }
+    found = {name: json.dumps(rows).encode() for name, rows in rows.items()}
+    if job.start is not None:
+        leaves = jax.tree.leaves(jax.device_get(job.start))
+        found[f"lora.path '{job.cfg.lora.path}'"] = b"".join(leaves)
     return {f"model.path '{job.cfg.model.path}'": job.base.fingerprint} | {
-        name: hashlib.sha256(json.dumps(found).encode()).hexdigest()
-        for name, found in rows.items()
+        name: hashlib.sha256(content).hexdigest() for name, content in found.items()
     }
 
 
@@ -296,7 +306,7 @@ def restore(
 
     Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
-    delta = fresh(job)
+    delta = fresh(job) if job.start is None else job.start
     memo = method.start(delta) if method.start else methods.Memo()
     state = steps.init(delta, 0, jax.random.key(0))
     place = Place(0, state, memo, delta, math.inf)
@@ -593,6 +603,7 @@ def single_score(
     for section, field in (
         ("data", "order"),
         ("data", "tasks"),
+        ("lora", "path"),
         ("eval", "before_after"),
     ):
         data[section].pop(field)
@@ -616,7 +627,8 @@ def learn_alone(
         rows, held = tasks.holdout(task.train, cfg.single_holdout)
     examples, validation = (batches.encode(job.text, r) for r in (rows, held))
     alone = Lesson(task.name, examples, validation, [], _key(job.cfg, task))
-    apart, method = job._replace(work=collections.Counter()), methods.Method()
+    apart = job._replace(start=None, work=collections.Counter())
+    method = methods.Method()
     total = batches.total_steps(len(examples), cfg)
     with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
         place, facts = restore(apart, method, inputs, checkpointer)

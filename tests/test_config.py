@@ -199,7 +199,7 @@ def test_the_preset_is_read_after_the_overrides():
 @pytest.mark.parametrize(
     ("path", "bad", "message"),
     [
-        ("train.epochs", 0, "train.epochs: 0 must be at least 1"),
+        ("train.epochs", -1, "train.epochs: -1 must be at least 0"),
         ("train.epochs", "3", "train.epochs: '3' must be int"),
         ("train.epochs", True, "train.epochs: True must be int"),
         ("train.micro_batch_size", 0, "train.micro_batch_size: 0 must be at least 1"),

@@ -193,6 +193,62 @@ def test_twenty_random_kills_lose_nothing(tmp_path):
     assert crash.random_kills(tmp_path, 20, random.randrange(1000)).total() == 20
 
 
+def plain(**changes):
+    options = sequential.Options(name="sequential")
+    return make(options, train__select="last", **changes)
+
+
+@pytest.fixture(scope="module")
+def sequence(tmp_path_factory):
+    """Two tasks one after the other, nothing carried over but the adapter."""
+    folder = tmp_path_factory.mktemp("sequence") / "whole"
+    return folder, run.run(plain(data__tasks=TASKS[:2]), folder)
+
+
+def test_a_stream_that_starts_from_an_adapter(sequence, tmp_path):
+    """The second task from the first one's adapter is the second task of both."""
+    start = next((sequence[0] / "adapters").glob("00-*"))
+    cfg = plain(data__tasks=TASKS[1:2], lora__path=str(start))
+    results = run.run(cfg, tmp_path / "second")
+    ours, theirs = adapter(tmp_path / "second", 0), adapter(sequence[0], 1)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+    assert results["matrix"] == [[sequence[1]["matrix"][1][1]]]
+    # Begun with another adapter, a run is not gone on with.
+    other = shutil.copytree(sequence[0] / "adapters" / f"01-{TASKS[1]}", tmp_path / "o")
+    cfg = plain(data__tasks=TASKS[1:2], lora__path=str(other))
+    run.prepare(cfg, tmp_path / "begun")
+    shutil.copytree(tmp_path / "second" / "checkpoints", tmp_path / "begun/checkpoints")
+    with pytest.raises(aim_jax.InputError, match="lora.path .*changed since"):
+        run.run(cfg, tmp_path / "begun")
+
+
+def test_no_epochs_evaluate_an_adapter(sequence, tmp_path):
+    folder, both = sequence
+    start = next((folder / "adapters").glob("01-*"))
+    cfg = plain(data__tasks=TASKS[:2], train__epochs=0, lora__path=str(start))
+    results = run.run(cfg, tmp_path / "run")
+    last = both["matrix"][1]
+    assert results["matrix"] == [[last[0], None], last]
+    assert "steps" not in results["work"]
+    assert (tmp_path / "run" / "report.html").is_file()
+    ours, theirs = adapter(tmp_path / "run", 0), adapter(folder, 1)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_an_adapter_of_other_settings(sequence, tmp_path):
+    """The error says what to set; nothing is written."""
+    start = next((sequence[0] / "adapters").glob("00-*"))
+    cfg = plain(lora__path=str(start), lora__r=4, lora__target=("q",))
+    with pytest.raises(
+        aim_jax.InputError, match="--set lora.target=q,v --set lora.r=8$"
+    ):
+        run.run(cfg, tmp_path / "run")
+    cfg = plain(lora__path=str(tmp_path))
+    with pytest.raises(aim_jax.InputError, match="adapter_config.json: No such file"):
+        run.run(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_speculation_gives_the_plain_trajectory_bitwise(whole, tmp_path):
     run.run(make(parallel__speculate=False), tmp_path / "plain")
     for name in (logs.METRICS, logs.MERGES):

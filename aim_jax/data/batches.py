@@ -170,9 +170,10 @@ def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
 
 
 def total_steps(count: int, cfg: config.Train) -> int:
-    """Optimizer steps of a task with `count` rows (semantics.md 2.2)."""
+    """Optimizer steps of a task with `count` rows (semantics.md 2.2); 0 for 0 epochs."""
     micro = cfg.micro_batch_size or cfg.batch_size
-    return max(1, cfg.epochs * -(-count // micro) // (cfg.batch_size // micro))
+    steps = cfg.epochs * -(-count // micro) // (cfg.batch_size // micro)
+    return max(min(1, cfg.epochs), steps)
 
 
 def step_rows(

@@ -341,6 +341,29 @@ def load_adapter(
     return unflatten(flat), cfg
 
 
+def start(
+    cfg: config.Lora, params: dict[str, Any], keys: dict[str, str]
+) -> dict[str, Any]:
+    """The delta of the adapter `lora.path`, to continue or to evaluate.
+
+    Raises InputError as `load_adapter`, and where `cfg` says other than the adapter, with
+    the settings to give; its dropout may be another.
+    """
+    folder = snapshot(cfg.path, "lora.path", ADAPTER_FILES)
+    delta, own = load_adapter(folder, params, keys)
+    told = []
+    if sorted(own.target) != sorted(cfg.target):
+        told.append(f"--set lora.target={','.join(own.target)}")
+    for field in ("r", "alpha", "use_rslora"):
+        if getattr(own, field) != getattr(cfg, field):
+            told.append(f"--set lora.{field}={getattr(own, field)}")
+    if told:
+        raise aim_jax.InputError(
+            f"lora.path: the adapter '{cfg.path}' has other settings: {' '.join(told)}"
+        )
+    return delta
+
+
 def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.Lora:
     """The settings of an adapter_config.json that says nothing but what they can hold.
 
