@@ -87,7 +87,7 @@ class Lora:
     r: int = 8
     alpha: float = 32.0
     dropout: float = 0.05
-    target: tuple[str, ...] = ("q", "v")  # module names, or one regular expression
+    target: tuple[str, ...] = ("q", "v")  # names, one pattern, `all-linear`
     use_rslora: bool = False
     path: str | None = None  # PEFT adapter that the stream starts from; None: a new one
 

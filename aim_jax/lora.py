@@ -15,6 +15,8 @@ from aim_jax import config
 Tree = dict[str, Any]
 # More than any stack has: what a pattern is asked about.
 LAYERS = 200
+# PEFT's word for every module that can have a delta.
+ALL = "all-linear"
 
 
 def scale(cfg: config.Lora) -> float:
@@ -47,11 +49,14 @@ def targets(keys: dict[str, str], cfg: config.Lora) -> dict[str, str]:
 
     As PEFT: several names match a module's last part; one entry alone that is no such
     name is a regular expression for the whole module name, which must treat all layers
-    alike. Raises InputError where nothing matches, listing the names there are.
+    alike, or `all-linear`. Raises InputError where nothing matches, listing the names
+    there are.
     """
     modules = dense(keys)
     if not cfg.target:
         unmatched, found = ["(empty)"], {}
+    elif cfg.target == (ALL,):
+        unmatched, found = [], modules
     elif named(keys, cfg):
         found = {
             p: n for p, n in modules.items() if any(_ends(n, t) for t in cfg.target)

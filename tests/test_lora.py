@@ -69,6 +69,16 @@ def test_targets_by_pattern():
     ]
 
 
+def test_targets_of_all_dense_layers():
+    kinds = ("attention/k", "attention/o", "attention/q", "attention/v")
+    kinds += ("mlp/down", "mlp/gate", "mlp/up")
+    stacks = ("last", "layers")
+    assert modules("llama3", "all-linear") == [
+        f"{s}/{k}" for s in stacks for k in kinds
+    ]
+    assert len(modules("flan_t5", "all-linear")) == 4 + 8 + 2 * 3
+
+
 @pytest.mark.parametrize(
     ("name", "target", "words"),
     [
@@ -177,6 +187,7 @@ def test_files_are_named_as_peft_names_them(name, tmp_path):
     [
         config.Lora(r=3, alpha=7.5, dropout=0.0, target=("v_proj",), use_rslora=True),
         config.Lora(target=(r".*\.(q|gate)_proj",)),
+        config.Lora(target=("all-linear",)),
     ],
 )
 def test_round_trip(cfg, tmp_path):
@@ -261,18 +272,21 @@ def test_files_that_are_not_there(adapter):
 
 
 @peft_needed
-@pytest.mark.parametrize("name", ["flan_t5", "gemma3"])
-def test_peft_scales_alike(name, tmp_path):
-    """Rank-stabilised scale, a pattern of modules and a new rank mean the same there."""
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("flan_t5", r".*\.(k|wi_1)"),
+        ("gemma3", r".*\.(k|gate)_proj"),
+        ("qwen2", "all-linear"),
+        ("flan_t5", "all-linear"),
+    ],
+)
+def test_peft_scales_alike(name, target, tmp_path):
+    """Rank-stabilised scale, targets and a new rank mean the same there."""
     import peft
 
     t5 = "t5" in name
-    cfg = config.Lora(
-        r=3,
-        alpha=5.0,
-        target=(r".*\.(k|wi_1)",) if t5 else (r".*\.(k|gate)_proj",),
-        use_rslora=True,
-    )
+    cfg = config.Lora(r=3, alpha=5.0, target=(target,), use_rslora=True)
     keys, delta = random_delta(name, cfg)
     delta = jax.tree.map(lambda x: 0.1 * x, delta)
     folder = make_models.FOLDER / name
