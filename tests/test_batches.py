@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 import aim_jax
 from aim_jax import config
@@ -46,6 +48,23 @@ def test_decoder_prompt_is_cut_and_answer_stays(tokenizer):
     (made,) = batches.encode(text("decoder", tokenizer=tokenizer), rows)
     assert len(made.inputs) == 12
     assert tokenizer.decode(made.targets[:-1]).strip() == "yes"
+
+
+@pytest.mark.parametrize("prepends", [False, True])
+def test_one_space_between_prompt_and_answer(prepends):
+    """The answer begins with the word as it is within a text, whoever adds the space."""
+    vocab = {"<unk>": 0, "</s>": 1, "▁a": 2, "a": 3, "▁yes": 4, "yes": 5}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
+    parts = [tokenizers.normalizers.Replace(" ", "▁")]
+    if prepends:
+        parts.insert(0, tokenizers.normalizers.Prepend("▁"))
+    model.normalizer = tokenizers.normalizers.Sequence(parts)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="</s>", unk_token="<unk>"
+    )
+    rows = [{"id": "b", "input": "a", "output": "yes"}]
+    (made,) = batches.encode(text("decoder", tokenizer=tokenizer), rows)
+    assert made.targets.tolist() == [4, 1]
 
 
 @pytest.mark.parametrize("length, size", [(1, 8), (8, 8), (9, 16), (17, 32), (40, 48)])

@@ -71,7 +71,8 @@ def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Examp
     eos = text.tokenizer.eos_token_id
     inputs = text.tokenizer([r["input"] for r in rows])["input_ids"]
     outputs = [r["output"] for r in rows]
-    if text.kind == "decoder":
+    # Some tokenizers put a space before the first word of a text by themselves.
+    if text.kind == "decoder" and not text.tokenizer.tokenize("a")[0].startswith("▁"):
         outputs = [" " + o for o in outputs]
     targets = text.tokenizer(outputs, add_special_tokens=False)["input_ids"]
     limit = text.data.max_input if truncate else text.data.max_test_input
