@@ -277,6 +277,7 @@ def test_config_of_earlier_releases(name):
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional"),
         ("gemma3", {"text_config": {}, "model_type": "gemma3"}, "not text alone"),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, r"weights \(fp8\)"),
         ("t5", {"feed_forward_proj": "gated-swish"}, "gated-swish.*relu"),
         ("t5", {"d_kv": ...}, "no field 'd_kv'"),
         ("llama3", {"hidden_size": ...}, "no field 'hidden_size'"),

@@ -158,6 +158,12 @@ def read_config(folder: pathlib.Path) -> tuple[ModuleType, Any]:
             f"{file}: model_type '{data.get('model_type')}' is not text alone; save its"
             " language model by itself and give that directory"
         )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method")
+        raise aim_jax.InputError(
+            f"{file}: quantized weights ({method}) are not supported; give the model"
+            " before its quantization"
+        )
     family = models.family(data.get("model_type", "none"))
     try:
         return family, family.config_from_hf(data)
