@@ -1,7 +1,7 @@
 """How far the models are from PyTorch: what the tests assert, and the table of it.
 
-    python tests/parity.py                 # the table of docs/parity.md; needs torch
-    AIM_JAX_GEMMA=DIR python tests/parity.py gemma    # the real Gemma 3 270M, minutes
+    PYTHONPATH=. python tests/parity.py          # the table of docs/parity.md; needs torch
+    AIM_JAX_GEMMA=DIR PYTHONPATH=. python tests/parity.py gemma    # Gemma 3 270M, minutes
 
 `measure` compares with arrays that `fixtures/make_models.py` recorded, now or earlier.
 """
