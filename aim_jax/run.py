@@ -226,7 +226,7 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         devices.count,
     )
     start = None
-    if cfg.lora.path:
+    if cfg.lora.path is not None:
         start = hf.start(cfg.lora, base.params, base.keys)
         start = jax.device_put(start, devices.replicated)
     lora.targets(base.keys, cfg.lora)
