@@ -271,7 +271,9 @@ def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.
 
 
 def fresh(job: Job) -> Tree:
-    """A new adapter, the same for the stream and for every single-task run."""
+    """The adapter before any training: that of `lora.path`, or a new one."""
+    if job.start is not None:
+        return job.start
     key = jax.random.key(job.cfg.train.seed)
     delta = lora.init(key, job.base.params, job.base.keys, job.cfg.lora)
     return jax.device_put(delta, job.devices.replicated)
@@ -306,7 +308,7 @@ def restore(
 
     Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
-    delta = fresh(job) if job.start is None else job.start
+    delta = fresh(job)
     memo = method.start(delta) if method.start else methods.Memo()
     state = steps.init(delta, 0, jax.random.key(0))
     place = Place(0, state, memo, delta, math.inf)
