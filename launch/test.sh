@@ -12,4 +12,5 @@ if [ "${1:-}" = --all ]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# A file stays with one process: what its tests share is then made once.
+.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

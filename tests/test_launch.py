@@ -127,7 +127,7 @@ def test_tests_take_arguments(project, given, passed):
     assert calls(project)[1:] == [
         "ruff check .",
         "ruff format --check .",
-        f"python -m pytest{passed}",
+        f"python -m pytest -n auto --maxprocesses 4 --dist loadfile{passed}",
     ]
 
 
