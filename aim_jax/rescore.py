@@ -55,16 +55,22 @@ def rescore(run: records.Run, scheme: str) -> records.Run:
             before={str(row["id"]): value for row, value in before},
         )
 
+    alone = single(rules.op)
+    lost = [name for name, v in zip(run.names, alone, strict=True) if v is None]
     results = {
         "matrix": matrix(rules.op),
-        "single": single(rules.op),
+        "single": None if len(lost) == len(alone) else alone,
         "op": metrics.op(matrix(rules.op)),
         "bwt": metrics.bwt(matrix(rules.bwt), rules.bwt_over),
         "fwt": metrics.fwt(matrix(rules.fwt), single(rules.fwt)),
         "scoring": scheme,
     }
+    notes = [f"no predictions of {', '.join(lost)} trained alone: FWT is not known"]
     return dataclasses.replace(
-        run, results=run.results | results, tasks=[scored(t) for t in run.tasks]
+        run,
+        results=run.results | results,
+        tasks=[scored(t) for t in run.tasks],
+        notes=run.notes + (notes if lost and run.single else []),
     )
 
 

@@ -101,9 +101,10 @@ def test_predictions_are_marked_anew(run):
 def test_what_has_no_predictions_is_unknown(run):
     (run.path / "predictions" / "single" / "task875.jsonl").unlink()
     (run.path / "predictions" / "00-task363" / "task363.jsonl").unlink()
-    results = rescore.rescore(run, "sound").results
-    assert results["op"] == pytest.approx(1 / 2)
-    assert results["bwt"] is None and results["fwt"] is None
+    again = rescore.rescore(run, "sound")
+    assert again.results["op"] == pytest.approx(1 / 2)
+    assert again.results["bwt"] is None and again.results["fwt"] is None
+    assert again.notes == ["no predictions of task875 trained alone: FWT is not known"]
 
 
 def test_a_metric_that_is_not_known_is_asked_for(tmp_path):

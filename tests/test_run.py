@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import checkpoint, config, logs, methods, run
+from aim_jax import checkpoint, config, logs, methods, records, rescore, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential
 from aim_jax.models import hf
@@ -360,6 +360,13 @@ def test_results_tell_what_training_took(whole):
     held += sum(len((r["input"] + r["output"]).encode()) for r in kept)
     assert work["extra_bytes"] == held
     assert results["metrics"] == ["exact"] * 3
+
+
+def test_predictions_give_the_scores_back_without_a_model(whole):
+    folder, results = whole
+    again = rescore.rescore(records.load(folder), "sound").results
+    for name in ("matrix", "single", "op", "bwt", "fwt"):
+        assert again[name] == results[name], name
 
 
 def test_compilations_are_bounded_by_length_buckets(tmp_path):
