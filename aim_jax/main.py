@@ -53,15 +53,20 @@ def main(argv: list[str]) -> None:
 def runs(
     configs: dict[str, config.Config], workdir: pathlib.Path
 ) -> list[tuple[config.Config, pathlib.Path]]:
-    """Config and folder of each run: `workdir`, below it /NAME in a sweep, /seed-N."""
-    found = [(cfg, workdir / name) for name, cfg in configs.items()]
-    if _SEEDS.value:
-        found = [
-            (config.override(cfg, f"train.seed={seed}"), folder / f"seed-{int(seed)}")
-            for cfg, folder in found
-            for seed in _SEEDS.value
-        ]
-    return found
+    """Config and folder of each run: `workdir`, or below it NAME, seed-N, NAME-seed-N.
+
+    Side by side, so that they share the single-task runs of the same data and training.
+    """
+    if not _SEEDS.value:
+        return [(cfg, workdir / name) for name, cfg in configs.items()]
+    return [
+        (
+            config.override(cfg, f"train.seed={seed}"),
+            workdir / f"{name}-seed-{int(seed)}".removeprefix("-"),
+        )
+        for name, cfg in configs.items()
+        for seed in _SEEDS.value
+    ]
 
 
 def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:

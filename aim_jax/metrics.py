@@ -75,11 +75,23 @@ SCHEMES = {
 }
 
 
+# Of a scheme: what may stand behind `=`, and its meaning.
+_OPTIONS = {
+    "bwt_over": ("earlier|all", {"earlier": "earlier", "all": "all"}.__getitem__),
+    "remap": ("true|false", {"true": True, "false": False}.__getitem__),
+    "rouge_l": ("TASK+TASK", lambda text: tuple(text.split("+"))),
+    "decimals": (
+        "0..9|none",
+        {"none": None, **{str(n): n for n in range(10)}}.__getitem__,
+    ),
+}
+
+
 def scheme(text: str) -> Scheme:
     """The scheme that `NAME,option=value,...` stands for; without a NAME it is `sound`.
 
-    Options: bwt_over=earlier|all; for all three scores remap=true|false,
-    rouge_l=TASK+TASK, decimals=N|none. Raises InputError that lists what there is.
+    Options: bwt_over, and fields of `Scoring` for OP, BWT and FWT alike. Raises InputError
+    that lists what there is.
     """
     name, *options = text.split(",")
     if "=" in name:
@@ -91,31 +103,20 @@ def scheme(text: str) -> Scheme:
     found = SCHEMES[name]
     for option in options:
         field, _, value = option.partition("=")
-        if field not in _OPTIONS or not _OPTIONS[field][0](value):
-            known = ", ".join(f"{k}={words}" for k, (_, words) in _OPTIONS.items())
-            raise aim_jax.InputError(f"--scoring: no '{option}'; there are {known}")
-        if field == "bwt_over":
-            found = dataclasses.replace(found, bwt_over=value)
-            continue
-        parsed = {
-            "remap": value == "true",
-            "rouge_l": tuple(value.split("+")),
-            "decimals": int(value) if value.isdigit() else None,
-        }[field]
-        parts = {
-            k: dataclasses.replace(getattr(found, k), **{field: parsed})
-            for k in ("op", "bwt", "fwt")
-        }
-        found = dataclasses.replace(found, **parts)
+        try:
+            change = {field: _OPTIONS[field][1](value)}
+        except KeyError:
+            known = ", ".join(f"{k}={words}" for k, (words, _) in _OPTIONS.items())
+            raise aim_jax.InputError(
+                f"--scoring: no '{option}'; there are {known}"
+            ) from None
+        if field != "bwt_over":
+            change = {
+                score: dataclasses.replace(getattr(found, score), **change)
+                for score in ("op", "bwt", "fwt")
+            }
+        found = dataclasses.replace(found, **change)
     return found
-
-
-_OPTIONS = {
-    "bwt_over": (("earlier", "all").__contains__, "earlier|all"),
-    "remap": (("true", "false").__contains__, "true|false"),
-    "rouge_l": (bool, "TASK+TASK"),
-    "decimals": (lambda value: value == "none" or value.isdigit(), "N|none"),
-}
 
 
 def relevant(task: Any, scoring: Scoring) -> Scoring:

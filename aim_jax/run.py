@@ -122,7 +122,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         place, facts = restore(job, job.method, inputs, checkpointer)
         matrix, seconds = facts["matrix"], facts["seconds"]
         before = seconds["total"]
-        done = sum(counts[: len(matrix)]) + place.step
+        passed = sum(counts[: len(matrix)]) + place.step
 
         def save(place: Place) -> None:
             seconds["total"] = before + time.perf_counter() - began
@@ -135,8 +135,8 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         logs.cut(folder, len(matrix), place.step)
         before_after = {"before": held_out_scores(job, "before", fresh(job), seconds)}
         with (
-            logs.bar(sum(counts), done, cfg.logs.progress) as bar,
-            logs.board(folder / "tensorboard", cfg.logs.tensorboard, done) as board,
+            logs.bar(sum(counts), passed, cfg.logs.progress) as bar,
+            logs.board(folder / "tensorboard", cfg.logs.tensorboard, passed) as board,
         ):
             for number in range(len(matrix), len(job.stream)):
                 show = functools.partial(board, sum(counts[:number]))

@@ -342,7 +342,7 @@ def test_a_sweep_runs_all_its_configs_and_seeds(call, capsys, monkeypatch, tmp_p
     monkeypatch.setattr(run, "run", stand_in(seen))
     call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"], set=["lora.r=2"])
     assert [(c.method.name, c.train.seed, c.lora.r, f) for c, f in seen] == [
-        (method, seed, 2, runs / name / f"seed-{seed}")
+        (method, seed, 2, runs / f"{name}-seed-{seed}")
         for name, method in (("ours", "aim"), ("plain", "sequential"))
         for seed in (1, 3)
     ]
@@ -364,8 +364,8 @@ def test_a_run_that_fails_stops_no_other(call, capsys, monkeypatch, tmp_path):
     assert ended.value.code == 2 and len(seen) == 4
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        f"error: {tmp_path}/run/ours/seed-1: it went wrong",
-        f"error: {tmp_path}/run/plain/seed-1: it went wrong",
+        f"error: {tmp_path}/run/ours-seed-1: it went wrong",
+        f"error: {tmp_path}/run/plain-seed-1: it went wrong",
         "error: 2 runs failed, see above",
     ]
     assert len(out.splitlines()[-2].split("±")) == 1, "one seed has no deviation"
