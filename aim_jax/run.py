@@ -113,7 +113,10 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         return done
     began = time.perf_counter()
     job = prepare(cfg, folder)
-    counts = [batches.total_steps(len(t.train), cfg.train) for t in job.stream]
+    counts = [
+        batches.total_steps(len(train_rows(job, n)), cfg.train)
+        for n in range(len(job.stream))
+    ]
     inputs = fingerprints(job)
     with (
         logs.alone(folder),
@@ -143,9 +146,12 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
                 place = train_task(job, number, place, seconds, bar, show, save)
                 held = extra_bytes(job, number, place.memo)
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
-                scores = evaluate_task(job, number, place.state.delta, seconds)
-                learnt = (task.name for task in job.stream[: number + 1])
-                show("score", counts[number], dict(zip(learnt, scores, strict=True)))
+                scores = [None] * (number + 1)
+                if train_rows(job, number):
+                    scores = evaluate_task(job, number, place.state.delta, seconds)
+                    learnt = (task.name for task in job.stream[: number + 1])
+                    named = dict(zip(learnt, scores, strict=True))
+                    show("score", counts[number], named)
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
@@ -401,11 +407,20 @@ def lesson(job: Job, number: int) -> Lesson:
     cfg, task = job.cfg, job.stream[number]
     held = tasks.validation(job.stream[: number + 1], cfg.train.validation_rows)
     kept = memory.fill(job.memory[:number])
+    train = train_rows(job, number)
     return Lesson(
         task.name,
-        *(batches.encode(job.text, rows) for rows in (task.train, held, kept)),
+        *(batches.encode(job.text, rows) for rows in (train, held, kept)),
         key=_key(cfg, task),
     )
+
+
+def train_rows(job: Job, number: int) -> list[batches.Row]:
+    """The rows that the method trains on at task `number` of the stream."""
+    stream = [task.train for task in job.stream]
+    if not job.method.rows:
+        return stream[number]
+    return job.method.rows(stream, number, memory.fill(job.memory[:number]))
 
 
 def train_task(
@@ -434,6 +449,8 @@ def train_task(
             logs.show(bar, {name: row.get(name) for name in names})
 
     place = train(job, job.method, task, place, log, save)
+    if not task.train:
+        return place
     folder = job.folder / "adapters" / _numbered(job, number)
     with logs.writing(folder):
         hf.save_adapter(
@@ -728,9 +745,10 @@ def _numbered(job: Job, number: int) -> str:
     return f"{number:02d}-{job.stream[number].name}"
 
 
-def _listed(job: Job, scores: list[float]) -> str:
+def _listed(job: Job, scores: list[float | None]) -> str:
     named = zip(job.stream, scores, strict=False)
-    return ", ".join(f"{task.name} {100 * score:.1f}" for task, score in named)
+    known = [f"{task.name} {100 * x:.1f}" for task, x in named if x is not None]
+    return ", ".join(known) or "not trained"
 
 
 def train_batch(

@@ -171,10 +171,10 @@ def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
 
 
 def total_steps(count: int, cfg: config.Train) -> int:
-    """Optimizer steps of a task with `count` rows (semantics.md 2.2); 0 for 0 epochs."""
+    """Optimizer steps on `count` rows (semantics.md 2.2); 0 for no rows or no epochs."""
     micro = cfg.micro_batch_size or cfg.batch_size
     steps = cfg.epochs * -(-count // micro) // (cfg.batch_size // micro)
-    return max(min(1, cfg.epochs), steps)
+    return max(min(1, cfg.epochs), steps) if count else 0
 
 
 def step_rows(

@@ -75,6 +75,8 @@ class Method(NamedTuple):
 
     memory: the method needs the rehearsal memory of earlier tasks.
     probe: the loss on a memory batch is measured after every step of a task with memory.
+    rows(stream, number, memory) -> rows to train task `number` on; stream: the train rows
+        of each task; memory: those kept of earlier tasks; without any, the task is skipped
     start(delta) -> memo                              host, once a run
     before_task(tools, state, memo) -> (state, memo)  host
     after_step(tools, state, memo, signals) -> (state, memo, record or None)
@@ -86,6 +88,7 @@ class Method(NamedTuple):
 
     memory: bool = False
     probe: bool = False
+    rows: Callable | None = None
     start: Callable | None = None
     before_task: Callable | None = None
     after_step: Callable | None = None
