@@ -60,7 +60,7 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
         after = jax.device_put(after, job.devices.replicated)
         for batch, memory in ready:
             after, _ = job.steps.train(job.base.params, after, (), batch)
-            histories.append(job.steps.probe(job.base.params, after, memory))
+            histories.append(job.steps.probe(job.base.params, after, (), memory))
         return after, histories
 
     ways = {

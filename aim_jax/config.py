@@ -179,6 +179,7 @@ CHOICES = {
     "method.divisor": ("planned", "taken"),
     "method.trend": ("ratio", "window"),
     "method.loss_scale": ("accumulation", "mean"),
+    "method.measure": ("l1", "frobenius"),
     "parallel.mode": ("auto", "pmap", "jit"),
 }
 
@@ -205,6 +206,8 @@ BOUNDS = {
             "method.window",
             "method.shrink",
             "method.grow",
+            "method.fisher_rows",
+            "method.calibration",
             "eval.batch_size",
             "eval.max_length",
             "parallel.tensor",
@@ -220,6 +223,10 @@ BOUNDS = {
             "train.weight_decay",
             "train.validation_rows",
             "method.rehearsal",
+            "method.strength",
+            "method.beta",
+            "method.orthogonal",
+            "method.norm",
             "checkpoint.minutes",
         ),
         (0, math.inf),
@@ -227,6 +234,7 @@ BOUNDS = {
     **dict.fromkeys(
         ("model.dropout", "lora.dropout", "train.single_holdout"), (0, 0.99)
     ),
+    "method.smoothing": (0, 1),
     "memory.percent": (0, 100),
 }
 

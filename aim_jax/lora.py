@@ -3,6 +3,7 @@
 Source: Hu et al. 2021 (arXiv 2106.09685); defaults and names as PEFT's LoraConfig.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -22,6 +23,14 @@ ALL = "all-linear"
 def scale(cfg: config.Lora) -> float:
     """alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023)."""
     return cfg.alpha / (cfg.r**0.5 if cfg.use_rslora else cfg.r)
+
+
+def of_rank(cfg: config.Lora, rank: int) -> config.Lora:
+    """`cfg` for an adapter of another rank, at the same scale."""
+    if rank == cfg.r:
+        return cfg
+    alpha = scale(cfg) * (rank**0.5 if cfg.use_rslora else rank)
+    return dataclasses.replace(cfg, r=rank, alpha=alpha)
 
 
 def dense(keys: dict[str, str]) -> dict[str, str]:
@@ -145,6 +154,57 @@ def map_modules(function: Any, delta: Tree) -> Tree:
     if "a" in delta:
         return function(delta["a"], delta["b"])
     return {k: map_modules(function, v) for k, v in delta.items()}
+
+
+def stack(delta: Tree, count: int) -> Tree:
+    """Zeros for `count` adapters like `delta`: its leaves with another leading axis."""
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), delta)
+
+
+@jax.jit
+def put(stack: Tree, number: int, delta: Tree) -> Tree:
+    """`stack` with `delta` at `number`."""
+    return jax.tree.map(lambda s, x: s.at[number].set(x), stack, delta)
+
+
+@jax.jit
+def pick(stack: Tree, number: int) -> Tree:
+    """The adapter of `stack` at `number`."""
+    return jax.tree.map(lambda s: s[number], stack)
+
+
+def widen(delta: Tree, count: int) -> Tree:
+    """Zeros for `count` adapters like `delta` side by side, as one of their summed rank."""
+
+    def module(a: jax.Array, b: jax.Array) -> Tree:
+        *layers, r, width = a.shape
+        return {
+            "a": jnp.zeros((*layers, count * r, width), a.dtype),
+            "b": jnp.zeros((*b.shape[:-1], count * r), b.dtype),
+        }
+
+    return map_modules(module, delta)
+
+
+@jax.jit
+def put_part(wide: Tree, number: int, delta: Tree) -> Tree:
+    """`wide`, the adapters side by side, with `delta` as the one at `number`."""
+
+    def place(path: tuple, whole: jax.Array, part: jax.Array) -> jax.Array:
+        axis = -2 if path[-1].key == "a" else -1
+        at = number * part.shape[axis]
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, at, axis)
+
+    return jax.tree.map_with_path(place, wide, delta)
+
+
+def concatenate(left: Tree, right: Tree) -> Tree:
+    """Two adapters side by side: the one whose change B A is the sum of theirs."""
+
+    def join(path: tuple, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, y], -2 if path[-1].key == "a" else -1)
+
+    return jax.tree.map_with_path(join, left, right)
 
 
 def _ends(module: str, name: str) -> bool:

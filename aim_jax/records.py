@@ -85,10 +85,10 @@ class Run:
         if trained and seconds.get("train"):
             figures["tokens_per_second"] = trained / seconds["train"]
         if trained:
-            probed, rehearsed = (
-                work.get(f"{k}_tokens", 0) for k in ("probe", "rehearsal")
+            probed, *others = (
+                work.get(f"{k}_tokens", 0) for k in ("probe", "rehearsal", "fisher")
             )
-            figures["token_passes"] = trained + rehearsed + probed / 2
+            figures["token_passes"] = trained + sum(others) + probed / 2
         return figures
 
     @property

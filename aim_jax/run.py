@@ -51,10 +51,12 @@ class Job(NamedTuple):
 
     held_out: tasks that are scored before and after the stream.
     start: the adapter `lora.path`, None for a new one.
+    steps: with the method's part in them; plain: without, for single-task runs.
     memory: rows kept of each task of the stream, none for a method without memory.
     usage: `tasks.usage` by task.
-    work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes` and
-    the tokens of each (`train_tokens`, ...), padding not counted; and `extra_bytes`.
+    work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes`,
+    `fisher_rows` and the tokens of each (`train_tokens`, ...), padding not counted; and
+    `extra_bytes`.
     """
 
     cfg: config.Config
@@ -66,6 +68,7 @@ class Job(NamedTuple):
     text: batches.Text
     devices: parallel.Devices
     steps: steps.Steps
+    plain: steps.Steps
     decode: Callable
     method: methods.Method
     memory: list[list[batches.Row]]
@@ -76,10 +79,11 @@ class Job(NamedTuple):
 class Lesson(NamedTuple):
     """One task as examples: what to train on, what to validate on, what to rehearse.
 
-    key: integers that decide every random choice of the task.
+    number: of the task in the stream; key: integers that decide every random choice.
     """
 
     name: str
+    number: int
     train: list[batches.Example]
     validation: list[batches.Example]
     memory: list[batches.Example]
@@ -148,7 +152,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = [None] * (number + 1)
                 if train_rows(job, number):
-                    scores = evaluate_task(job, number, place.state.delta, seconds)
+                    scores = evaluate_task(job, number, place, seconds)
                     learnt = (task.name for task in job.stream[: number + 1])
                     named = dict(zip(learnt, scores, strict=True))
                     show("score", counts[number], named)
@@ -156,8 +160,8 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
                 save(place)
                 write_results(job, facts, None)
                 bar.write(f"after {_numbered(job, number)}: {_listed(job, scores)}")
-        delta = place.state.delta
-        before_after["after"] = held_out_scores(job, "after", delta, seconds)
+        last = adapter(job, place, len(counts) - 1)
+        before_after["after"] = held_out_scores(job, "after", last, seconds)
         facts["before_after"] = before_after if job.held_out else None
     single = None
     if cfg.eval.fwt:
@@ -236,16 +240,11 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         start = hf.start(cfg.lora, base.params, base.keys)
         start = jax.device_put(start, devices.replicated)
     lora.targets(base.keys, cfg.lora)
-    probe_dropout = bool(getattr(cfg.method, "probe_dropout", False))
-    pure = steps.make(base.model, cfg, probe_dropout)
-    compiled = steps.Steps(
-        train=parallel.compile(pure.train, devices, batch=3, args=4),
-        probe=parallel.compile(pure.probe, devices, batch=2, args=3),
-        rehearse=parallel.compile(pure.rehearse, devices, batch=2, args=4),
-        validate=parallel.compile(pure.validate, devices, batch=2, args=3),
-    )
-    decode = evaluate.greedy(base.model, text.tokenizer.eos_token_id, cfg)
     method = methods.module(cfg.method.name).make(cfg.method)
+    compiled = plain = compile_steps(base, cfg, devices, method)
+    if method.compose or method.penalty:
+        plain = compile_steps(base, cfg, devices, methods.Method())
+    decode = evaluate.greedy(base.model, text.tokenizer.eos_token_id, cfg)
     kept = remember(cfg.memory, stream) if method.memory else []
     logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
     for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
@@ -260,11 +259,29 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         text,
         devices,
         compiled,
+        plain,
         decode,
         method,
         kept,
         usage,
         collections.Counter(),
+    )
+
+
+def compile_steps(
+    base: hf.Base,
+    cfg: config.Config,
+    devices: parallel.Devices,
+    method: methods.Method,
+) -> steps.Steps:
+    """The steps of a method for these devices, each compiled when it is first called."""
+    pure = steps.make(base.model, cfg, method)
+    return steps.Steps(
+        train=parallel.compile(pure.train, devices, batch=3, args=4),
+        probe=parallel.compile(pure.probe, devices, batch=3, args=4),
+        rehearse=parallel.compile(pure.rehearse, devices, batch=3, args=5),
+        validate=parallel.compile(pure.validate, devices, batch=2, args=3),
+        squares=parallel.compile(pure.squares, devices, batch=3, args=4),
     )
 
 
@@ -276,11 +293,16 @@ def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.
     return memory.sample([task.train for task in stream[:-1]], cfg.percent, cfg.rule)
 
 
-def fresh(job: Job) -> Tree:
-    """The adapter before any training: that of `lora.path`, or a new one."""
+def fresh(job: Job, number: int = 0) -> Tree:
+    """The adapter before any training: that of `lora.path`, or a new one.
+
+    Every single-task run begins with the new one of number 0.
+    """
     if job.start is not None:
         return job.start
     key = jax.random.key(job.cfg.train.seed)
+    if number:
+        key = jax.random.fold_in(key, number)
     delta = lora.init(key, job.base.params, job.base.keys, job.cfg.lora)
     return jax.device_put(delta, job.devices.replicated)
 
@@ -315,7 +337,9 @@ def restore(
     Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
     delta = fresh(job)
-    memo = method.start(delta) if method.start else methods.Memo()
+    memo = methods.Memo()
+    if method.start:
+        memo = method.start(delta, len(job.stream))
     state = steps.init(delta, 0, jax.random.key(0))
     place = Place(0, state, memo, delta, math.inf)
     facts: dict[str, Any] = {
@@ -410,6 +434,7 @@ def lesson(job: Job, number: int) -> Lesson:
     train = train_rows(job, number)
     return Lesson(
         task.name,
+        number,
         *(batches.encode(job.text, rows) for rows in (train, held, kept)),
         key=_key(cfg, task),
     )
@@ -453,15 +478,22 @@ def train_task(
         return place
     folder = job.folder / "adapters" / _numbered(job, number)
     with logs.writing(folder):
-        hf.save_adapter(
-            folder,
-            place.state.delta,
-            job.base.keys,
-            job.cfg.lora,
-            job.cfg.model.path,
-        )
+        made = adapter(job, place, number)
+        hf.save_adapter(folder, made, job.base.keys, job.cfg.lora, job.cfg.model.path)
     seconds["train"] += time.perf_counter() - began
     return place
+
+
+def adapter(job: Job, place: Place, number: int) -> Tree:
+    """What task `number` is evaluated with, and exported, after the task at `place`."""
+    if job.method.adapter:
+        return job.method.adapter(place.state.delta, place.memo, number)
+    return composed(job.method, place.state.delta, place.memo)
+
+
+def composed(method: methods.Method, delta: Tree, memo: methods.Memo) -> Tree:
+    """The adapter that the model runs with in training."""
+    return method.compose(delta, memo.arrays) if method.compose else delta
 
 
 def train(
@@ -486,10 +518,11 @@ def train(
     if first == 0:
         key = jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
         state = steps.init(state.delta, total, key)
-        state = jax.device_put(state, job.devices.replicated)
-        best, best_loss = state.delta, math.inf
         if method.before_task:
             state, memo = method.before_task(tools, state, memo)
+        best, best_loss = state.delta, math.inf
+    placed = jax.device_put((state, memo.arrays), job.devices.replicated)
+    state, memo = placed[0], memo._replace(arrays=placed[1])
     validation = [
         parallel.place(batch, job.devices)
         for batch in batches.validation_batches(
@@ -504,7 +537,7 @@ def train(
         history = None
         if probing:
             batch, recalled = memory_batch(job, task, [(step, 0)])
-            history = job.steps.probe(job.base.params, after, batch)
+            history = job.steps.probe(job.base.params, after, memo.arrays, batch)
             work |= {"probes": 1, "probe_tokens": batches.tokens(recalled[0])}
         return after, measures, history, [e.id for e in rows], work
 
@@ -528,7 +561,8 @@ def train(
         if going_on and (moved or not cfg.parallel.speculate):
             ahead = dispatch(state, memo, step + 1)
         if step % cfg.train.eval_every == 0:
-            loss = _validation_loss(job, state.delta, validation)
+            running = composed(method, state.delta, memo)
+            loss = _validation_loss(job, running, validation)
             log(logs.METRICS, {"step": step, "validation": loss})
             if loss < best_loss:
                 best, best_loss = state.delta, loss
@@ -541,14 +575,14 @@ def train(
 
 
 def evaluate_task(
-    job: Job, number: int, delta: Tree, seconds: dict[str, float]
+    job: Job, number: int, place: Place, seconds: dict[str, float]
 ) -> list[float]:
     """Scores on tasks 0..`number`, with the predictions written to disk."""
     began = time.perf_counter()
     folder = job.folder / "predictions" / _numbered(job, number)
     scores = []
-    for task in job.stream[: number + 1]:
-        rows = predict(job, delta, task)
+    for earlier, task in enumerate(job.stream[: number + 1]):
+        rows = predict(job, adapter(job, place, earlier), task)
         logs.write_rows(folder / f"{task.name}.jsonl", rows)
         scores.append(metrics.mean([r["score"] for r in rows]))
     seconds["evaluate"] += time.perf_counter() - began
@@ -645,8 +679,9 @@ def learn_alone(
     if cfg.single_holdout:
         rows, held = tasks.holdout(task.train, cfg.single_holdout)
     examples, validation = (batches.encode(job.text, r) for r in (rows, held))
-    alone = Lesson(task.name, examples, validation, [], _key(job.cfg, task))
-    apart = job._replace(start=None, work=collections.Counter())
+    alone = Lesson(task.name, 0, examples, validation, [], _key(job.cfg, task))
+    work = collections.Counter()
+    apart = job._replace(start=None, steps=job.plain, work=work)
     method = methods.Method()
     total = batches.total_steps(len(examples), cfg)
     with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
@@ -793,7 +828,7 @@ def _tools(job: Job, task: Lesson) -> methods.Tools:
     """What a method may call during `task`."""
 
     def rehearse(
-        state: steps.State, step: int, count: int
+        state: steps.State, memo: methods.Memo, step: int, count: int
     ) -> tuple[steps.State, list[float]]:
         losses = []
         for first in range(1, count + 1, CHUNK):
@@ -801,13 +836,38 @@ def _tools(job: Job, task: Lesson) -> methods.Tools:
             # A chunk is always full, so that every one has the same shape.
             places = [(step, first + i % size) for i in range(CHUNK)]
             batch, rows = memory_batch(job, task, places)
-            state, values = job.steps.rehearse(job.base.params, state, batch, size)
+            state, values = job.steps.rehearse(
+                job.base.params, state, memo.arrays, batch, size
+            )
             losses.append((values, size))
             tokens = sum(map(batches.tokens, rows[:size]))
             job.work.update(rehearsal_steps=size, rehearsal_tokens=tokens)
         return state, [float(v) for values, n in losses for v in values[:n]]
 
-    return methods.Tools(rehearse, fusion.fuse)
+    def fisher(state: steps.State, memo: methods.Memo, rows: int | None) -> Tree:
+        micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
+        chosen = memory.draw(len(task.train), rows or len(task.train), task.key)
+        total = None
+        for first in range(0, len(chosen), micro):
+            examples = [task.train[i] for i in chosen[first : first + micro]]
+            batch = parallel.place(
+                batches.collate(job.text, [examples], micro), job.devices
+            )
+            part = job.steps.squares(job.base.params, state, memo.arrays, batch)
+            total = part if total is None else jax.tree.map(jax.numpy.add, total, part)
+            job.work.update(
+                fisher_rows=len(examples), fisher_tokens=batches.tokens(examples)
+            )
+        return jax.tree.map(lambda x: x / len(chosen), total)
+
+    return methods.Tools(
+        number=task.number,
+        remembered=len(task.memory),
+        rehearse=rehearse,
+        fuse=fusion.fuse,
+        fresh=functools.partial(fresh, job._replace(start=None)),
+        fisher=fisher,
+    )
 
 
 def _read(step: int, total: int, measures: Tree, history: Any) -> methods.Signals:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aim_jax import config, lora
+from aim_jax import config, lora, methods
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -38,19 +38,26 @@ class Steps(NamedTuple):
     """The pure functions that `parallel.compile` makes fast.
 
     train(base, state, memo, batch) -> (state, measures): one optimizer step; the measures
-        are float32 scalars loss, grad_norm, lr and movement (mean |change| of an entry)
-    probe(base, state, batch) -> loss of a memory batch, float32
-    rehearse(base, state, batches, count) -> (state, losses): the first `count` of a chunk
-    validate(base, delta, batch) -> weighted sum of the loss over a batch, float32
+        are float32 scalars loss, grad_norm, lr, movement (mean |change| of an entry),
+        distance (norm of the change) and, for a method that has one, the penalty, which
+        `loss` does not hold
+    probe(base, state, memo, batch) -> loss of a memory batch, float32
+    rehearse(base, state, memo, batches, count) -> (state, losses): the first `count` of a
+        chunk
+    validate(base, adapter, batch) -> weighted sum of the loss over a batch, float32
+    squares(base, state, memo, batch) -> sum over rows of the squared gradient of a row's
+        log-likelihood, a tree like the delta; no dropout
 
-    A training or probe batch has leaves (micro-batches, b, length), a chunk (steps, b,
-    length). Every function takes `axis`, the name of the device axis under pmap.
+    memo: the arrays of the method's memo. A training or probe batch has leaves
+    (micro-batches, b, length), a chunk (steps, b, length). Every function takes `axis`, the
+    name of the device axis under pmap.
     """
 
     train: Callable
     probe: Callable
     rehearse: Callable
     validate: Callable
+    squares: Callable
 
 
 def init(delta: Tree, total: int, key: jax.Array) -> State:
@@ -75,15 +82,19 @@ def learning_rate(step: jax.Array, total: jax.Array, cfg: config.Train) -> jax.A
     return cfg.learning_rate * jnp.where(step < warmup, rise, jnp.maximum(0.0, fall))
 
 
-def make(model: Any, cfg: config.Config, probe_dropout: bool = False) -> Steps:
-    """The steps of one model under one config."""
+def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
+    """The steps of one model under one config, with the method's part in them."""
+
+    def compose(delta: Tree, memo: Tree) -> Tree:
+        return method.compose(delta, memo) if method.compose else delta
 
     def loss(
-        delta: Tree, base: Tree, batch: Batch, key: jax.Array | None
+        adapter: Tree, base: Tree, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """Weighted sum of the token losses, and the count of target tokens."""
+        bound = lora.bind(adapter, cfg.lora, train=key is not None)
         logits = model.apply(
-            {"params": base, "lora": lora.bind(delta, cfg.lora, train=key is not None)},
+            {"params": base, "lora": bound},
             batch,
             rngs={} if key is None else {"dropout": key},
         )
@@ -98,15 +109,20 @@ def make(model: Any, cfg: config.Config, probe_dropout: bool = False) -> Steps:
         return jax.random.fold_in(key, jax.lax.axis_index(axis)) if axis else key
 
     def gradients(
-        base: Tree, state: State, batch: Batch, axis: str | None
+        base: Tree, state: State, memo: Tree, batch: Batch, axis: str | None
     ) -> tuple[jax.Array, Tree]:
         """Mean loss and its gradient, accumulated over micro-batches and devices."""
         key = key_of(state, axis)
 
         def accumulate(carry: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
             micro, number = item
-            (total, count), grads = jax.value_and_grad(loss, has_aux=True)(
-                state.delta, base, micro, jax.random.fold_in(key, number)
+
+            def composed(delta: Tree) -> tuple[jax.Array, jax.Array]:
+                adapter = compose(delta, memo)
+                return loss(adapter, base, micro, jax.random.fold_in(key, number))
+
+            (total, count), grads = jax.value_and_grad(composed, has_aux=True)(
+                state.delta
             )
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
@@ -137,22 +153,26 @@ def make(model: Any, cfg: config.Config, probe_dropout: bool = False) -> Steps:
     def train(
         base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
     ) -> tuple[State, dict[str, jax.Array]]:
-        value, grads = gradients(base, state, batch, axis)
+        value, grads = gradients(base, state, memo, batch, axis)
+        extra = {}
+        if method.penalty:
+            extra["penalty"], grads = _add(method.penalty, state.delta, memo, grads)
         after, measures = update(state, grads)
-        moved = jax.tree.map(
-            lambda a, b: jnp.sum(jnp.abs(a - b)), after.delta, state.delta
-        )
-        size = sum(x.size for x in jax.tree.leaves(state.delta))
-        movement = jax.tree.reduce(jnp.add, moved) / size
-        measures = {"loss": value, "movement": movement, **measures}
+        change = jax.tree.map(jnp.subtract, after.delta, state.delta)
+        size = sum(x.size for x in jax.tree.leaves(change))
+        moved = {
+            "movement": optax.tree.norm(change, ord=1) / size,
+            "distance": optax.tree.norm(change),
+        }
+        measures = {"loss": value, **moved, **measures, **extra}
         return after._replace(step=state.step + 1), measures
 
     def probe(
-        base: Tree, state: State, batch: Batch, *, axis: str | None = None
+        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
     ) -> jax.Array:
         micro = jax.tree.map(lambda x: x[0], batch)
-        key = key_of(state, axis) if probe_dropout else None
-        total, count = loss(state.delta, base, micro, key)
+        key = key_of(state, axis) if method.probe_dropout else None
+        total, count = loss(compose(state.delta, memo), base, micro, key)
         if axis:
             total, count = jax.lax.psum((total, count), axis)
         return total / jnp.maximum(count, 1)
@@ -160,6 +180,7 @@ def make(model: Any, cfg: config.Config, probe_dropout: bool = False) -> Steps:
     def rehearse(
         base: Tree,
         state: State,
+        memo: Tree,
         batches: Batch,
         count: jax.Array,
         *,
@@ -172,20 +193,41 @@ def make(model: Any, cfg: config.Config, probe_dropout: bool = False) -> Steps:
             batch = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), batches
             )
-            value, grads = gradients(base, state, batch, axis)
+            value, grads = gradients(base, state, memo, batch, axis)
+            if method.rehearsal_penalty:
+                _, grads = _add(method.rehearsal_penalty, state.delta, memo, grads)
             return update(state, grads)[0], losses.at[i].set(value)
 
         losses = jnp.zeros(batches["inputs"].shape[0], jnp.float32)
         return jax.lax.fori_loop(0, count, body, (state, losses))
 
     def validate(
-        base: Tree, delta: Tree, batch: Batch, *, axis: str | None = None
+        base: Tree, adapter: Tree, batch: Batch, *, axis: str | None = None
     ) -> jax.Array:
         micro = jax.tree.map(lambda x: x[0], batch)
-        total, _ = loss(delta, base, micro, None)
+        total, _ = loss(adapter, base, micro, None)
         return jax.lax.psum(total, axis) if axis else total
 
-    return Steps(train, probe, rehearse, validate)
+    def squares(
+        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
+    ) -> Tree:
+        def likelihood(delta: Tree, row: Batch) -> jax.Array:
+            return loss(compose(delta, memo), base, row, None)[0]
+
+        rows = jax.tree.map(lambda x: x[0][:, None], batch)
+        grads = jax.vmap(jax.grad(likelihood), (None, 0))(state.delta, rows)
+        total = jax.tree.map(lambda g: jnp.sum(g**2, 0), grads)
+        return jax.lax.psum(total, axis) if axis else total
+
+    return Steps(train, probe, rehearse, validate, squares)
+
+
+def _add(
+    penalty: Callable, delta: Tree, memo: Tree, grads: Tree
+) -> tuple[jax.Array, Tree]:
+    """The penalty, and the gradients with its own added."""
+    value, more = jax.value_and_grad(penalty)(delta, memo)
+    return value, jax.tree.map(jnp.add, grads, more)
 
 
 def _adam(grads: Tree, adam: Tree, b1=0.9, b2=0.999, eps=1e-8) -> tuple[Tree, Tree]:

@@ -21,7 +21,7 @@ import optax
 import safetensors.numpy
 from fixtures import make_models
 
-from aim_jax import config, evaluate, export, lora, steps
+from aim_jax import config, evaluate, export, lora, methods, steps
 from aim_jax.data import batches, synthetic
 from aim_jax.models import hf
 
@@ -93,7 +93,7 @@ def open_case(
         delta,
         cfg,
         jax.jit(jax.value_and_grad(loss, has_aux=True)),
-        jax.jit(steps.make(base.model, cfg).train),
+        jax.jit(steps.make(base.model, cfg, methods.Method()).train),
         evaluate.greedy(base.model, make_models.EOS, cfg),
     )
 

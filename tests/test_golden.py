@@ -53,10 +53,10 @@ class Kit:
         self.base = hf.load(self.cfg.model)
         tokenizer = batches.tokenizer(golden.FOLDER / "base")
         self.text = batches.Text(tokenizer, self.base.family.KIND, self.cfg.data)
-        pure = steps.make(self.base.model, self.cfg, self.cfg.method.probe_dropout)
+        self.method = aim.make(self.cfg.method)
+        pure = steps.make(self.base.model, self.cfg, self.method)
         self.steps = steps.Steps(*map(jax.jit, pure))
         self.kinked = jax.jit(functools.partial(kinked, pure.train))
-        self.method = aim.make(self.cfg.method)
         layout = golden.read("lora_layout.json")
         self.place = {e["name"]: (e["offset"], e["size"], e["shape"]) for e in layout}
         self.size = sum(e["size"] for e in layout)
@@ -169,7 +169,7 @@ def restart(kit, data, step):
     merges = [int(s) for s in data.get("merge_step", ()) if s <= step]
     if step == 0:
         state = kit.state(data, data["lora_start"])
-        return state, kit.method.start(state.delta)
+        return state, kit.method.start(state.delta, 1)
     tags = list(zip(data["adam_tag"].tolist(), data["adam_step"].tolist(), strict=True))
     if ("after_outer", step) in tags:
         adam = tags.index(("after_outer", step))
@@ -218,13 +218,20 @@ def play(kit, name, state, memo, start):
         if "probe_loss" in data:
             rows = [data["probe_rows"][step - 1]]
             batch = golden.memory_batch(kit.text, kit.cfg, data, rows)
-            history = float(kit.steps.probe(kit.base.params, state, batch))
+            history = float(kit.steps.probe(kit.base.params, state, (), batch))
             note("history", history / data["probe_loss"][step - 1] - 1)
         signals = methods.Signals(
             step, total, **{k: float(v) for k, v in measures.items()}, history=history
         )
         rehearsal = functools.partial(rehearse, kit, data, note)
-        tools = methods.Tools(rehearsal, fusion.fuse)
+        tools = methods.Tools(
+            number=1,
+            remembered=1,
+            rehearse=rehearsal,
+            fuse=fusion.fuse,
+            fresh=None,
+            fisher=None,
+        )
         state, memo, record = kit.method.after_step(tools, state, memo, signals)
         assert bool(record) == bool(data["ctl_merged"][step - 1]), step
         if record:
@@ -241,7 +248,7 @@ def play(kit, name, state, memo, start):
     return worst
 
 
-def rehearse(kit, data, note, state, step, count):
+def rehearse(kit, data, note, state, memo, step, count):
     """The rehearsal of `Tools`, on the recorded batches."""
     numbers = np.flatnonzero(data["outer_step"] == step)
     assert len(numbers) == count
@@ -251,7 +258,7 @@ def rehearse(kit, data, note, state, step, count):
         part = numbers[first : first + 8]
         rows = [data["outer_rows"][part[i % len(part)]] for i in range(8)]
         batch = golden.memory_batch(kit.text, kit.cfg, data, rows)
-        state, made = kit.steps.rehearse(kit.base.params, state, batch, len(part))
+        state, made = kit.steps.rehearse(kit.base.params, state, (), batch, len(part))
         losses += np.asarray(made)[: len(part)].tolist()
     long = "long_" if count > 40 else ""
     deviations = np.abs(losses / data["outer_loss"][numbers] - 1)

@@ -1,25 +1,35 @@
 """The contract that every method keeps, and the rule of each against a formula of its own."""
 
 import collections
-import importlib
+import dataclasses
 import json
+import math
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from aim_jax import config, logs, methods, run
+from aim_jax import config, logs, lora, methods, run, steps
 from aim_jax.data import batches, synthetic
+from aim_jax.methods import ewc
+from aim_jax.models import hf
 
 TASKS = synthetic.STREAM[:2]
 # Constants that make a method act within four steps.
-SMALL = {"aim": {"interval": 2, "rehearsal": 2, "threshold_factor": 1.0}}
+SMALL = {
+    "aim": {"interval": 2, "rehearsal": 2, "threshold_factor": 1.0},
+    "replay_interval": {"interval": 2},
+    "forever": {"calibration": 1, "rehearsal": 2},
+    "step_ebbinghaus": {"calibration": 1, "rehearsal": 2},
+}
 
 
 def make(name, **options):
     """A config of two tasks of four steps each."""
-    kind = importlib.import_module(f"aim_jax.methods.{name}").Options
+    kind = methods.module(name).Options
     cfg = config.Config(
+        model=config.Model(dropout=0.0),
         data=config.Data(
             tasks=TASKS,
             limit_train=8,
@@ -32,6 +42,7 @@ def make(name, **options):
         train=config.Train(
             epochs=2, batch_size=4, learning_rate=1e-2, warmup_steps=1, eval_every=2
         ),
+        lora=config.Lora(dropout=0.0),
         method=kind(**SMALL.get(name, {}) | options),
         eval=config.Eval(fwt=False, batch_size=2, max_length=3),
         checkpoint=config.Checkpoint(steps=3),
@@ -51,6 +62,95 @@ def adapters(folder):
         p.parent.name: safetensors.numpy.load_file(p)
         for p in sorted((folder / "adapters").glob("*/adapter_model.safetensors"))
     }
+
+
+class Lessons:
+    """Training on two tasks, without what a run writes; jobs share what is compiled."""
+
+    def __init__(self, folder):
+        self.folder, self.parts = folder, {}
+
+    def job(self, name, **options):
+        cfg = make(name, **options)
+        # Whole runs validate; here it would be one more function to compile.
+        train = dataclasses.replace(cfg.train, eval_every=100)
+        cfg = dataclasses.replace(cfg, train=train)
+        if not self.parts:
+            self.parts["job"] = run.prepare(make("aim"), self.folder)
+        job, method = self.parts["job"], methods.module(name).make(cfg.method)
+        made = job.plain
+        if any((method.compose, method.penalty, method.rehearsal_penalty)):
+            made = run.compile_steps(job.base, cfg, job.devices, method)
+        return job._replace(cfg=cfg, method=method, steps=made)
+
+    def start(self, job):
+        delta = run.fresh(job)
+        memo = methods.Memo()
+        if job.method.start:
+            memo = job.method.start(delta, len(job.stream))
+        state = steps.init(delta, 0, jax.random.key(0))
+        return run.Place(0, state, memo, delta, math.inf)
+
+    def train(self, job, number, place, save=lambda place: None):
+        """The place after the task, and what was logged."""
+        logged = []
+        task = run.lesson(job, number)
+        after = run.train(
+            job, job.method, task, place, lambda *row: logged.append(row), save
+        )
+        return after, logged
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory):
+    return Lessons(tmp_path_factory.mktemp("lessons"))
+
+
+def thawed(place):
+    """A place after a way through a checkpoint: arrays, and JSON."""
+    arrays, facts = run.pack(place)
+    arrays = jax.tree.map(lambda x: jax.device_put(np.array(x)), arrays)
+    facts = json.loads(json.dumps(facts))
+    memo = methods.Memo(arrays["memo"], methods.revive(place.memo.host, facts["host"]))
+    loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
+    return run.Place(facts["step"], arrays["state"], memo, arrays["best"], loss)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_contract(name, lessons):
+    """The first task has no memory; a place in the second is as good as the whole way.
+
+    Shapes stay, so nothing is compiled anew.
+    """
+    job = lessons.job(name)
+    compiled = [step._cache_size() for step in job.steps]
+    begun = lessons.start(job)
+    middle, _ = lessons.train(job, 0, begun)
+    places = []
+    ended, logged = lessons.train(job, 1, middle, places.append)
+    assert len(places) >= 4 and all(
+        np.isfinite(x).all() for x in jax.tree.leaves(ended.state)
+    )
+    assert shapes(begun.memo.arrays) == shapes(ended.memo.arrays)
+    for number in range(2):
+        made = run.adapter(job, ended, number)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(made))
+    first = thawed(places[2])
+    assert first.step == 3
+    again, more = lessons.train(job, 1, first)
+    same(run.pack(again)[0], run.pack(ended)[0])
+    assert run.pack(again)[1] == run.pack(ended)[1]
+    assert more == logged[-len(more) :]
+    for before, step in zip(compiled, job.steps, strict=True):
+        assert step._cache_size() <= before + 1
 
 
 class Runs:
@@ -107,8 +207,8 @@ def test_a_whole_run(name, tmp_path, monkeypatch):
         assert step._cache_size() <= 1
 
 
-def test_replay_trains_on_the_task_and_the_memory_together(tmp_path):
-    job = run.prepare(make("replay"), tmp_path)
+def test_replay_trains_on_the_task_and_the_memory_together(lessons):
+    job = lessons.job("replay")
     first, second = (run.lesson(job, n) for n in range(2))
     ids = [e.id for e in second.train]
     assert [e.id for e in first.train] == [r["id"] for r in job.stream[0].train]
@@ -124,14 +224,301 @@ def test_replay_trains_on_the_task_and_the_memory_together(tmp_path):
         assert sorted(e.id for batch in read for e in batch) == sorted(ids)
 
 
-def test_multitask_is_one_training_on_the_union(tmp_path, monkeypatch):
+def test_multitask_is_one_training_on_the_union(lessons):
+    job = lessons.job("multitask")
+    nothing, logged = lessons.train(job, 0, lessons.start(job))
+    assert not logged and run.lesson(job, 0).train == []
+    same(nothing.state.delta, run.fresh(job))
+    union = [r["id"] for task in job.stream for r in task.train]
+    assert [e.id for e in run.lesson(job, 1).train] == union
+    _, logged = lessons.train(job, 1, nothing)
+    assert len([row for _, row in logged if "loss" in row]) == 8
+
+
+@pytest.mark.slow
+def test_scores_of_multitask_are_those_after_the_last_task(tmp_path, monkeypatch):
     runs = Runs(tmp_path, "multitask")
     results, folder = runs("run", monkeypatch)
     assert results["matrix"][0] == [None, None]
-    assert None not in results["matrix"][1]
     assert results["op"] == np.mean(results["matrix"][1])
     assert results["bwt"] is None and results["work"]["steps"] == 8
-    assert [r["task"] for r in rows(folder, logs.METRICS) if "loss" in r] == [1] * 8
     assert list(adapters(folder)) == [f"01-{TASKS[1]}"]
-    union = {r["id"] for task in runs.job.stream for r in task.train}
-    assert {e.id for e in run.lesson(runs.job, 1).train} == union
+
+
+def test_single_keeps_what_each_task_alone_gives(lessons):
+    job = lessons.job("single")
+    first, _ = lessons.train(job, 0, lessons.start(job))
+    second, _ = lessons.train(job, 1, first)
+    # Task 1 as the first of a stream, without any earlier one.
+    plain = lessons.job("sequential")
+    for number, place in enumerate([first, second]):
+        alone, _ = lessons.train(plain, number, lessons.start(plain))
+        same(alone.state.delta, place.state.delta)
+        same(run.adapter(job, second, number), alone.state.delta)
+
+
+def quadratic(delta, anchor, fisher):
+    """Sum of F (theta - theta*)^2 in float64."""
+    terms = jax.tree.map(
+        lambda x, a, f: np.sum(np.float64(f) * (np.float64(x) - np.float64(a)) ** 2),
+        delta,
+        anchor,
+        fisher,
+    )
+    return sum(jax.tree.leaves(terms))
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), tree)
+
+
+@pytest.mark.parametrize("name", ["ewc", "l2"])
+def test_the_penalty_is_quadratic_and_so_is_its_gradient(name, lessons):
+    job = lessons.job(name, strength=3.0)
+    delta, anchor, fisher = (random_like(run.fresh(job), i) for i in range(3))
+    if name == "l2":
+        fisher = jax.tree.map(lambda x: np.float32(1), fisher)
+    arrays = {"fisher": fisher, "anchor": anchor}
+    value, grads = jax.value_and_grad(job.method.penalty)(delta, arrays)
+    assert float(value) == pytest.approx(1.5 * quadratic(delta, anchor, fisher), 1e-5)
+    jax.tree.map(
+        lambda g, x, a, f: np.testing.assert_allclose(
+            g, 3 * f * (x - a), rtol=1e-4, atol=1e-5
+        ),
+        grads,
+        delta,
+        anchor,
+        fisher,
+    )
+    assert float(job.method.penalty(delta, job.method.start(delta, 2).arrays)) == 0
+
+
+def test_ewc_measures_squared_gradients_of_single_rows(lessons):
+    """F against one gradient a row, through another function of the loss."""
+    job = lessons.job("ewc", normalize=False)
+    task = run.lesson(job, 0)._replace(train=run.lesson(job, 0).train[:3])
+    place = lessons.start(job)
+    delta = random_like(place.state.delta, 0)
+    delta = jax.tree.map(lambda x: 0.1 * x, delta)
+    state = place.state._replace(delta=delta)
+    _, memo = job.method.after_task(run._tools(job, task), state, place.memo)
+
+    def loss(delta, example):
+        batch = batches.collate(job.text, [[example]], 1)
+        return job.steps.validate(job.base.params, delta, batch)
+
+    expected = jax.tree.map(np.zeros_like, delta)
+    for example in task.train:
+        grads = jax.grad(loss)(delta, example)
+        expected = jax.tree.map(lambda e, g: e + np.square(g) / 3, expected, grads)
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * scale),
+        memo.arrays["fisher"],
+        expected,
+    )
+    same(memo.arrays["anchor"], delta)
+
+
+def test_fisher_has_mean_one():
+    tree = {"a": np.float32([1, 2]), "b": np.float32([[3]])}
+    found = ewc.normalized(tree)
+    np.testing.assert_allclose(found["a"], [0.5, 1.0])
+    np.testing.assert_allclose(found["b"], [[1.5]])
+    zero = jax.tree.map(np.zeros_like, tree)
+    same(ewc.normalized(zero), zero)
+
+
+def test_a_penalty_is_added_to_the_mean_loss_once_a_step(lessons):
+    """Moments of the first update hold clip * (gradient of the loss + of the penalty)."""
+    job, plain = lessons.job("l2", strength=0.5), lessons.job("sequential")
+    place = lessons.start(job)
+    state = place.state._replace(total=np.int32(4))
+    anchor = jax.tree.map(lambda x: x + 0.1, state.delta)
+    one = jax.tree.map(lambda x: np.float32(1), anchor)
+    arrays = {"fisher": one, "anchor": anchor}
+    batch, _ = run.train_batch(job, run.lesson(job, 0), 1)
+    after, measures = job.steps.train(job.base.params, state, arrays, batch)
+    bare, alone = plain.steps.train(job.base.params, state, (), batch)
+    assert float(measures["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-6)
+    total = sum(x.size for x in jax.tree.leaves(anchor))
+    assert float(measures["penalty"]) == pytest.approx(0.25 * 0.01 * total, rel=1e-4)
+
+    def unclipped(state, measures):
+        clip = min(1.0, 1 / (float(measures["grad_norm"]) + 1e-6))
+        return jax.tree.map(lambda m: m / 0.1 / clip, state.adam.mu)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y - 0.05, rtol=1e-3, atol=1e-5),
+        unclipped(after, measures),
+        unclipped(bare, alone),
+    )
+
+
+def product(delta):
+    """B A of every module, in float64."""
+    return lora.map_modules(lambda a, b: np.float64(b) @ np.float64(a), delta)
+
+
+def test_inc_lora_sums_frozen_adapters(lessons):
+    job, plain = lessons.job("inc_lora"), lessons.job("sequential")
+    begun = lessons.start(job)
+    # In the first task what is beside its adapter is zero, and gives the same gradients.
+    batch, _ = run.train_batch(job, run.lesson(job, 0), 1)
+    state = begun.state._replace(total=np.int32(4))
+    ours, _ = job.steps.train(job.base.params, state, begun.memo.arrays, batch)
+    theirs, _ = plain.steps.train(job.base.params, state, (), batch)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7),
+        ours.adam.mu,
+        theirs.adam.mu,
+    )
+    first, _ = lessons.train(job, 0, begun)
+    second, _ = lessons.train(job, 1, first)
+    whole = run.adapter(job, second, 1)
+    jax.tree.map(
+        lambda x, y, z: np.testing.assert_allclose(x, y + z, atol=1e-6),
+        product(whole),
+        product(first.state.delta),
+        product(second.state.delta),
+    )
+    # A of the new adapter began elsewhere, and the first one moved no more.
+    same(second.memo.arrays["past"], first.state.delta)
+    assert not jax.tree.all(
+        jax.tree.map(np.array_equal, run.fresh(job, 1), run.fresh(job, 0))
+    )
+
+
+def test_an_adapter_of_higher_rank_is_exported_at_its_scale(lessons, tmp_path):
+    job = lessons.job("inc_lora")
+    for cfg in (job.cfg.lora, dataclasses.replace(job.cfg.lora, use_rslora=True)):
+        wide = random_like(lora.widen(run.fresh(job), 3), 0)
+        hf.save_adapter(tmp_path, wide, job.base.keys, cfg, "embedded")
+        found, settings = hf.load_adapter(tmp_path, job.base.params, job.base.keys)
+        same(found, wide)
+        assert settings.r == 3 * cfg.r
+        assert lora.scale(settings) == pytest.approx(lora.scale(cfg), rel=1e-6)
+
+
+@pytest.mark.parametrize("measure", ["l1", "frobenius"])
+def test_olora_penalises_overlap_with_every_earlier_adapter(measure, lessons):
+    job = lessons.job("olora", orthogonal=0.7, norm=0.3, measure=measure)
+    delta = random_like(run.fresh(job), 0)
+    earlier = [random_like(delta, i) for i in (1, 2)]
+    past = lora.widen(delta, 3)  # the third is yet to come
+    for number, adapter in enumerate(earlier):
+        past = lora.put_part(past, number, adapter)
+    power = 1 if measure == "l1" else 2
+    expected = 0.0
+    for module in modules(delta):
+        a, b = (np.float64(x) for x in module)
+        for layer in np.ndindex(*a.shape[:-2]):
+            expected += 0.3 * (np.linalg.norm(a[layer]) + np.linalg.norm(b[layer]))
+    for old in earlier:
+        for (a, _), (before, _) in zip(modules(delta), modules(old), strict=True):
+            for layer in np.ndindex(*a.shape[:-2]):
+                overlap = np.float64(before[layer]) @ np.float64(a[layer]).T
+                expected += 0.7 * np.sum(np.abs(overlap) ** power)
+    value = job.method.penalty(delta, {"past": past})
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    # B begins at 0, where a norm has no gradient.
+    grads = jax.grad(job.method.penalty)(run.fresh(job), {"past": past})
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def modules(delta):
+    """(a, b) of every module, in the order of the tree."""
+    found = []
+    lora.map_modules(lambda a, b: found.append((a, b)), delta)
+    return found
+
+
+def test_replay_interval_rehearses_every_so_many_steps(lessons):
+    job = lessons.job("replay_interval", interval=3, rehearsal=2)
+    calls = []
+
+    def rehearse(state, memo, step, count):
+        calls.append((step, count))
+        return state._replace(step=-1), [0.0] * count
+
+    def after(remembered):
+        tools = methods.Tools(1, remembered, rehearse, None, None, None)
+        for step in range(1, 8):
+            signals = methods.Signals(step, 7, 0.0, 0.0, 0.0, 0.0, None)
+            state, _, record = job.method.after_step(
+                tools, lessons.start(job).state, methods.Memo(), signals
+            )
+            assert record is None
+            assert (int(state.step) == -1) == bool(remembered and step % 3 == 0)
+
+    after(0)
+    assert not calls
+    after(4)
+    assert calls == [(3, 2), (6, 2)]
+
+
+@pytest.mark.parametrize("name", ["forever", "step_ebbinghaus"])
+def test_rehearsal_follows_the_clock(name, lessons):
+    """Rehearsals and their beta against a plain loop over the rule."""
+    job = lessons.job(name, calibration=4, rehearsal=3, gamma=2.0, beta=0.1)
+    distances = np.random.default_rng(0).gamma(2.0, size=200)
+    seen, time, speed, count = [], 0.0, 0.0, 0
+    expected, days = [], [1, 2, 4, 7, 15, 30, 60, 120]
+    for step, distance in enumerate(distances, 1):
+        tick = distance if name == "forever" else 1.0
+        time += tick
+        if step == 4:
+            day, first = time, time / 4
+            speed = first
+        elif step > 4:
+            speed = 0.95 * speed + 0.05 * tick
+        if step >= 4 and time >= days[count] * day:
+            ratio = np.clip(1 + 2 * (speed / first - 1), 0.5, 3)
+            expected.append((step, 3, 0.1 * ratio))
+            count += 1
+
+    def rehearse(state, memo, step, count):
+        seen.append((step, count, float(memo.arrays["beta"])))
+        return state._replace(step=-1), [0.0] * count
+
+    tools = methods.Tools(1, 5, rehearse, None, None, None)
+    place = lessons.start(job)
+    begun, memo = job.method.before_task(tools, place.state, place.memo)
+    for step, distance in enumerate(distances, 1):
+        signals = methods.Signals(step, 200, 0, 0, 0, 0, None, float(distance))
+        state, memo, _ = job.method.after_step(tools, begun, memo, signals)
+        assert (state is begun) == (step not in {s for s, *_ in seen})
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    assert len(seen) >= 5
+    if name == "step_ebbinghaus":
+        assert [s for s, *_ in seen] == [4, 8, 16, 28, 60, 120]
+    # Without a memory the clock goes, and nothing else happens.
+    nothing = methods.Tools(0, 0, None, None, None, None)
+    for step in range(1, 9):
+        signals = methods.Signals(step, 8, 0, 0, 0, 0, None, 1.0)
+        assert job.method.after_step(nothing, begun, memo, signals)[0] is begun
+
+
+def test_the_penalty_of_a_rehearsal(lessons):
+    """Its gradient, 2 beta (theta - theta*), is added to that of the memory's loss."""
+    job, plain = lessons.job("forever"), lessons.job("sequential")
+    state = lessons.start(job).state._replace(total=np.int32(4))
+    anchor = jax.tree.map(lambda x: x - 0.1, state.delta)
+    arrays = {"anchor": anchor, "beta": np.float32(0.5)}
+    task = run.lesson(job, 0)._replace(memory=run.lesson(job, 0).train)
+    batch, _ = run.memory_batch(job, task, [(1, 1 + i) for i in range(run.CHUNK)])
+    after, losses = job.steps.rehearse(job.base.params, state, arrays, batch, 1)
+    bare, alone = plain.steps.rehearse(job.base.params, state, (), batch, 1)
+    assert float(losses[0]) == pytest.approx(float(alone[0]), rel=1e-6)
+    first, second = (
+        np.concatenate([np.ravel(m) for m in jax.tree.leaves(s.adam.mu)])
+        for s in (after, bare)
+    )
+    # Both are clipped to norm 1: what is left is the direction.
+    batch1 = jax.tree.map(lambda x: x[:1], batch)
+    _, measures = plain.steps.train(job.base.params, state, (), batch1)
+    norm = float(measures["grad_norm"])
+    whole = second * 10 * max(1.0, norm) + 0.1
+    whole /= max(1.0, np.linalg.norm(whole))
+    np.testing.assert_allclose(first * 10, whole, rtol=1e-3, atol=1e-5)

@@ -16,7 +16,7 @@ from aim_jax import config, parallel
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from aim_jax import config, lora, parallel, steps
+from aim_jax import config, lora, methods, parallel, steps
 from aim_jax.data import batches
 from aim_jax.models import hf
 from fixtures import make_models
@@ -34,7 +34,7 @@ def trained(name, changes, count):
     text = batches.Text(None, base.family.KIND, cfg.data, devices.count)
     rows = [batches.Example("", np.array(source), np.array(target))
             for source, target in make_models.rows(40, seed=1)]
-    pure = steps.make(base.model, cfg, probe_dropout=True)
+    pure = steps.make(base.model, cfg, methods.Method(probe_dropout=True))
     train = parallel.compile(pure.train, devices, batch=3, args=4)
     delta = lora.init(jax.random.key(0), base.params, base.keys, cfg.lora)
     state = steps.init(delta, 20, jax.random.key(1))
@@ -49,12 +49,12 @@ def trained(name, changes, count):
         values.append(measures["loss"])
     compiled = train._cache_size() if devices.mode == "jit" else 1
     if sys.argv[2] == "all":
-        rehearse = parallel.compile(pure.rehearse, devices, batch=2, args=4)
-        probe = parallel.compile(pure.probe, devices, batch=2, args=3)
+        rehearse = parallel.compile(pure.rehearse, devices, batch=3, args=5)
+        probe = parallel.compile(pure.probe, devices, batch=3, args=4)
         validate = parallel.compile(pure.validate, devices, batch=2, args=3)
         memory = parallel.place(batches.collate(text, [rows[:5]] * 3, 5), devices)
-        values.append(probe(base.params, state, memory))
-        state, losses = rehearse(base.params, state, memory, 3)
+        values.append(probe(base.params, state, (), memory))
+        state, losses = rehearse(base.params, state, (), memory, 3)
         values += [*losses, validate(base.params, state.delta, memory)]
     leaves = [np.asarray(x) for x in jax.tree.leaves(state.delta)]
     return {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax import config, lora, steps
+from aim_jax import config, lora, methods, steps
 from aim_jax.data import batches, synthetic
 from aim_jax.models import hf
 
@@ -38,8 +38,8 @@ class Kit:
         chosen = [[self.rows[i] for i in m] for m in micros]
         return batches.collate(self.text, chosen, max(map(len, micros)), average)
 
-    def steps(self, cfg=CFG, probe_dropout=False):
-        pure = steps.make(self.base.model, cfg, probe_dropout)
+    def steps(self, cfg=CFG, **hooks):
+        pure = steps.make(self.base.model, cfg, methods.Method(**hooks))
         return steps.Steps(*map(jax.jit, pure))
 
     def state(self, total=20):
@@ -135,7 +135,7 @@ def test_rehearsal_is_updates_at_one_rate_with_shared_moments(kit, made):
     state = kit.state()._replace(step=jnp.int32(3))
     micros = [[0, 1], [6, 7], [2, 3]]
     chunk = kit.batch(micros)
-    after, losses = made.rehearse(kit.base.params, state, chunk, 2)
+    after, losses = made.rehearse(kit.base.params, state, (), chunk, 2)
     expected = state
     for number, micro in enumerate(micros[:2]):
         expected, measures = made.train(
@@ -146,7 +146,7 @@ def test_rehearsal_is_updates_at_one_rate_with_shared_moments(kit, made):
     close(after.delta, expected.delta)
     assert int(after.adam.count) == 2 and int(after.step) == 3
     assert float(losses[2]) == 0
-    untouched, _ = made.rehearse(kit.base.params, state, chunk, 0)
+    untouched, _ = made.rehearse(kit.base.params, state, (), chunk, 0)
     same(untouched, state)
 
 
@@ -159,11 +159,11 @@ def test_dropout_is_random_by_step_and_repeats_when_a_step_is_repeated(kit):
     first, _ = made.train(kit.base.params, state, (), batch)
     again, _ = made.train(kit.base.params, state, (), batch)
     same(first, again)
-    noisy = float(made.probe(kit.base.params, first, batch))
-    assert noisy == float(made.probe(kit.base.params, first, batch))
+    noisy = float(made.probe(kit.base.params, first, (), batch))
+    assert noisy == float(made.probe(kit.base.params, first, (), batch))
     later = first._replace(adam=first.adam._replace(count=first.adam.count + 1))
-    assert noisy != float(made.probe(kit.base.params, later, batch))
-    still = [float(quiet.probe(kit.base.params, s, batch)) for s in (first, later)]
+    assert noisy != float(made.probe(kit.base.params, later, (), batch))
+    still = [float(quiet.probe(kit.base.params, s, (), batch)) for s in (first, later)]
     assert still[0] == still[1] != noisy
 
 

@@ -46,7 +46,8 @@ class Signals(NamedTuple):
     """What the host reads after a step: plain numbers.
 
     step: number of the step in its task, from 1; total: steps of the task; history: loss
-    on a memory batch after the step (None where there is no memory or no probe).
+    on a memory batch after the step (None where there is no memory or no probe); distance:
+    Euclidean norm of the step's change; penalty: None for a method without one.
     """
 
     step: int
@@ -56,18 +57,29 @@ class Signals(NamedTuple):
     lr: float
     movement: float
     history: float | None
+    distance: float = 0.0
+    penalty: float | None = None
 
 
 class Tools(NamedTuple):
-    """Compiled functions that a method may call.
+    """What a method may know of the task, and compiled functions that it may call.
 
-    rehearse(state, step, count) -> (state, losses): `count` updates on memory batches,
-        drawn for this step; losses: their loss before each update, host floats
+    number: of the task in the stream, from 0; remembered: rows in the memory
+    rehearse(state, memo, step, count) -> (state, losses): `count` updates on memory
+        batches, drawn for this step; losses: their loss before each update, host floats
     fuse(origin, inner, outer, w_in, w_out) -> (delta, motion): `fusion.fuse`
+    fresh(number) -> delta: a new adapter, another one for each number; the run begins with
+        number 0, and so does every single-task run
+    fisher(state, memo, rows) -> mean over `rows` of the task's train rows (None: all) of
+        the squared gradient of a row's log-likelihood, a tree like the delta
     """
 
+    number: int
+    remembered: int
     rehearse: Callable
     fuse: Callable
+    fresh: Callable
+    fisher: Callable
 
 
 class Method(NamedTuple):
@@ -75,24 +87,38 @@ class Method(NamedTuple):
 
     memory: the method needs the rehearsal memory of earlier tasks.
     probe: the loss on a memory batch is measured after every step of a task with memory.
+    probe_dropout: with the dropout of training.
     rows(stream, number, memory) -> rows to train task `number` on; stream: the train rows
         of each task; memory: those kept of earlier tasks; without any, the task is skipped
-    start(delta) -> memo                              host, once a run
+    start(delta, tasks) -> memo                       host, once a run of so many tasks
+    compose(delta, arrays) -> adapter
+        inside the compiled steps: what the model runs with, where that is not the delta
+    penalty(delta, arrays) -> scalar
+        inside the compiled train step: added to the mean loss, once an optimizer step
+    rehearsal_penalty(delta, arrays) -> scalar        likewise, in rehearsal steps
     before_task(tools, state, memo) -> (state, memo)  host
     after_step(tools, state, memo, signals) -> (state, memo, record or None)
         host; a state other than the one given means that a merge took place, and `record`
         (a flat dict) becomes a row of merges.jsonl
     after_task(tools, state, memo) -> (state, memo)   host
+    adapter(delta, memo, number) -> adapter
+        host: what task `number` is evaluated with and exported, where that is not what
+        training ended with
     status(memo) -> dict                              host, shown beside the losses
     """
 
     memory: bool = False
     probe: bool = False
+    probe_dropout: bool = False
     rows: Callable | None = None
     start: Callable | None = None
+    compose: Callable | None = None
+    penalty: Callable | None = None
+    rehearsal_penalty: Callable | None = None
     before_task: Callable | None = None
     after_step: Callable | None = None
     after_task: Callable | None = None
+    adapter: Callable | None = None
     status: Callable | None = None
 
 

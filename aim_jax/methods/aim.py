@@ -46,11 +46,11 @@ class Options(methods.Options):
 def make(options: Options) -> methods.Method:
     """The hooks of AimMerging."""
 
-    def start(delta):
+    def start(delta, tasks):
         return methods.Memo({"origin": delta}, controller.start(options))
 
     def before_task(tools, state, memo):
-        return state, start(state.delta)
+        return state, methods.Memo({"origin": state.delta}, controller.start(options))
 
     def after_step(tools, state, memo, signals):
         if signals.history is None:
@@ -59,7 +59,7 @@ def make(options: Options) -> methods.Method:
         control = controller.observe(memo.host, options, step, signals.history)
         if not controller.decide(control, options, step, signals.total):
             return state, memo._replace(host=control), None
-        rehearsed, losses = tools.rehearse(state, step, control.rehearsal)
+        rehearsed, losses = tools.rehearse(state, memo, step, control.rehearsal)
         w_in, w_out = controller.weights(control, options)
         fused, motion = tools.fuse(
             memo.arrays["origin"], state.delta, rehearsed.delta, w_in, w_out
@@ -100,6 +100,7 @@ def make(options: Options) -> methods.Method:
     return methods.Method(
         memory=True,
         probe=True,
+        probe_dropout=bool(options.probe_dropout),
         start=start,
         before_task=before_task,
         after_step=after_step,

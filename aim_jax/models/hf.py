@@ -231,11 +231,14 @@ def save_adapter(
 ) -> pathlib.Path:
     """Write `delta` as a PEFT adapter that `peft.PeftModel` loads; returns its folder.
 
-    keys: those of the base; base_path: the `model.path` that the adapter belongs to.
+    Of whatever rank `delta` is, its scale is that of `cfg`. keys: those of the base;
+    base_path: the `model.path` that the adapter belongs to.
     """
     tensors = {}
     for path, value in flatten(delta).items():
         module, _, side = path.rpartition("/")
+        if side == "a":
+            cfg = lora.of_rank(cfg, value.shape[-2])
         name = _adapter_name(keys[f"{module}/weight"], side)
         value = np.asarray(value, np.float32)
         stacked = value if "{}" in name else [value]

@@ -1,0 +1,35 @@
+"""Every method over one stream, under one budget: a run each, and one ranked table.
+
+python -m aim_jax.main --config configs/compare.py --workdir runs/compare --seeds 1,2,3,4,5
+
+All have the same rows, base, epochs and scoring; what a method takes beyond that
+(rehearsal and probe steps, memory, FLOPs) is counted and stands in the table, which
+runs/compare/report.html opens with. The same command resumes; a run that fails stops no
+other. Any benchmark: --set data.benchmark=standard_cl --set data.order=4 --set
+data.root=DATA. Time and scores: not run yet.
+"""
+
+import dataclasses
+
+from aim_jax import config, methods
+
+BASE = config.Config(
+    data=config.Data(buckets=(48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)),
+    memory=config.Memory(percent=4.0, batch_size=16),
+    train=config.Train(batch_size=16, learning_rate=3e-3),
+    eval=config.Eval(batch_size=100, max_length=16),
+)
+VARIANTS = {
+    "olora=frobenius": ("olora", {"measure": "frobenius"}),
+}
+
+
+def of(name, **options):
+    """BASE with a method."""
+    method = methods.module(name).Options(**options)
+    return dataclasses.replace(BASE, method=method)
+
+
+CONFIGS = {name: of(name) for name in methods.names()} | {
+    label: of(name, **options) for label, (name, options) in VARIANTS.items()
+}
