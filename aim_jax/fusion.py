@@ -22,9 +22,9 @@ import optax
 import aim_jax
 
 Tree = Any
-ROWS = 256  # of a product that are in memory at once
+ROWS = 64  # of a product that are in memory at once
 OVERSAMPLE = 8  # columns beside those of the factors, to find a product's range with
-POWER_STEPS = 4
+POWER_STEPS = 4  # passes over a product that turn the guess of its row space to it
 
 
 @jax.jit
@@ -64,8 +64,8 @@ class Rule:
 class Entries(NamedTuple):
     """A matrix of each of n adapters, some rows at a time.
 
-    at(i) -> (n, rows, columns), the rows of block i; rows beyond the last are zero;
-    precision(i): alike, the precision of each entry (None: all are alike);
+    at(i) -> n matrices (rows, columns), block i of each; rows beyond the last are zero;
+    precision(i): alike, the precision of every entry (None: all are alike);
     blocks: how many there are; size: entries of one whole matrix.
     """
 
@@ -97,16 +97,18 @@ def ties(entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array) -> Ca
     of that sign are averaged: sum w_i delta_i / sum w_i over them (PEFT divides by their
     number).
     """
-    kept = max(1, int(rule.density * entries.size))
-    least = _largest(entries, kept)[:, None, None]
+    least = _largest(entries, max(1, int(rule.density * entries.size)))
 
     def merged(i: jax.Array) -> jax.Array:
-        values = entries.at(i)
-        values = jnp.where(jnp.abs(values) >= least, values, 0)
-        sign = jnp.where(jnp.sum(values, 0) >= 0, 1, -1)
-        share = jnp.where(jnp.sign(values) == sign, weights[:, None, None], 0)
-        total = jnp.sum(share, 0)
-        return jnp.sum(share * values, 0) / jnp.where(total, total, 1)
+        pairs = zip(entries.at(i), least, strict=True)
+        values = [jnp.where(jnp.abs(x) >= smallest, x, 0) for x, smallest in pairs]
+        positive = sum(values) >= 0
+        shares = [
+            jnp.where(jnp.where(positive, x, -x) > 0, w, 0)
+            for x, w in zip(values, weights, strict=True)
+        ]
+        total = sum(shares)
+        return _sum(values, shares) / jnp.where(total > 0, total, 1)
 
     return merged
 
@@ -118,11 +120,14 @@ def dare(entries: Entries, weights: jax.Array, rule: Rule, key: jax.Array) -> Ca
     nothing more. Source: Yu et al. 2024 (arXiv 2311.03099).
     """
 
-    def thinned(i: jax.Array) -> jax.Array:
+    def thinned(i: jax.Array) -> list[jax.Array]:
         values = entries.at(i)
-        keys = jax.random.fold_in(key, i)
-        keep = jax.random.bernoulli(keys, rule.density, values.shape)
-        return jnp.where(keep, values / rule.density, 0)
+        keys = jax.random.split(jax.random.fold_in(key, i), len(values))
+        return [
+            jnp.where(jax.random.bernoulli(k, rule.density, x.shape), x, 0)
+            / rule.density
+            for k, x in zip(keys, values, strict=True)
+        ]
 
     left = entries._replace(at=thinned)
     whole = dataclasses.replace(rule, density=1.0)
@@ -135,8 +140,9 @@ def fisher(
     """sum w_i F_i delta_i / sum w_i F_i. Source: Matena and Raffel 2022 (2111.09832)."""
 
     def merged(i: jax.Array) -> jax.Array:
-        share = entries.precision(i) * weights[:, None, None]
-        return jnp.sum(share * entries.at(i), 0) / jnp.sum(share, 0)
+        precisions = zip(entries.precision(i), weights, strict=True)
+        shares = [f * w for f, w in precisions]
+        return _sum(entries.at(i), shares) / sum(shares)
 
     return merged
 
@@ -146,10 +152,12 @@ def magmax(
 ) -> Callable:
     """The weighted entry of the largest magnitude. Source: Marczak et al. 2024."""
 
+    def larger(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(y) > jnp.abs(x), y, x)
+
     def merged(i: jax.Array) -> jax.Array:
-        values = entries.at(i) * weights[:, None, None]
-        chosen = jnp.argmax(jnp.abs(values), 0)[None]
-        return jnp.take_along_axis(values, chosen, 0)[0]
+        pairs = zip(entries.at(i), weights, strict=True)
+        return functools.reduce(larger, [x * w for x, w in pairs])
 
     return merged
 
@@ -341,8 +349,8 @@ def _in_factors(
 
         def layer(args: tuple) -> jax.Array:
             key, values, *rest = args
-            precise = (lambda i: rest[0] + rule.fisher_floor) if rest else None
-            entries = Entries(lambda i: values, precise, 1, values[0].size)
+            precise = (lambda i: list(rest[0] + rule.fisher_floor)) if rest else None
+            entries = Entries(lambda i: list(values), precise, 1, values[0].size)
             return ELEMENTWISE[rule.name](entries, weights, rule, key)(0)
 
         keys = jax.random.split(jax.random.fold_in(key, number), len(stacks[0]))
@@ -390,16 +398,16 @@ def _in_product(
             padded = jnp.pad(b, ((0, blocks * rows - out), (0, 0)))
             return jax.lax.dynamic_slice_in_dim(padded, i * rows, rows)
 
-        def at(i: jax.Array) -> jax.Array:
-            return jnp.stack([_mm(block(f["b"], i), f["a"]) for f in factors])
+        def at(i: jax.Array) -> list[jax.Array]:
+            return [_mm(block(f["b"], i), f["a"]) for f in factors]
 
-        def precision(i: jax.Array) -> jax.Array:
+        def precision(i: jax.Array) -> list[jax.Array]:
             variances = [
                 _mm(block(f["b"], i) ** 2, 1 / p["a"])
                 + _mm(1 / block(p["b"], i), f["a"] ** 2)
                 for f, p in zip(factors, floors, strict=True)
             ]
-            return 1 / jnp.maximum(jnp.stack(variances), 1e-30)
+            return [1 / jnp.maximum(v, 1e-30) for v in variances]
 
         entries = Entries(at, precision, blocks, out * width)
         merged = ELEMENTWISE[rule.name](entries, weights, rule, key)
@@ -423,29 +431,31 @@ def _range(
     """left (out, k), right (in, k): left right^T is a matrix M near its best rank.
 
     at(i) -> the rows of block i of M; start (in, k): a guess of its row space, which gets
-    `OVERSAMPLE` random columns beside it. Source: Halko, Martinsson and Tropp 2011,
-    algorithm 4.4 (subspace iteration).
+    `OVERSAMPLE` random columns beside it and is turned by M^T M. Source: subspace
+    iteration, Halko, Martinsson and Tropp 2011.
     """
     width = start.shape[0]
     more = jax.random.normal(jax.random.key(0), (width, OVERSAMPLE), start.dtype)
-    start = jnp.concatenate([start, more], 1)
+    x = _basis(jnp.concatenate([start, more], 1))
 
-    def forward(x: jax.Array) -> jax.Array:
-        parts = jax.lax.map(lambda i: _mm(at(i), x), jnp.arange(blocks))
-        return _basis(parts.reshape(blocks * rows, -1)[:out])
+    def turned(_: int, x: jax.Array) -> jax.Array:
+        def block(i: jax.Array, total: jax.Array) -> jax.Array:
+            matrix = at(i)
+            return total + _mm(matrix.T, _mm(matrix, x))
 
-    def backward(y: jax.Array) -> jax.Array:
-        parts = jnp.pad(y, ((0, blocks * rows - out), (0, 0)))
-        parts = parts.reshape(blocks, rows, -1)
-        zero = jnp.zeros((width, y.shape[1]), y.dtype)
-        return jax.lax.fori_loop(
-            0, blocks, lambda i, total: total + _mm(at(i).T, parts[i]), zero
-        )
+        return _basis(jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(x)))
 
-    left = forward(_basis(start))
-    for _ in range(POWER_STEPS):
-        left = forward(_basis(backward(left)))
-    return left, backward(left)
+    x = jax.lax.fori_loop(0, POWER_STEPS, turned, x)
+    parts = jax.lax.map(lambda i: _mm(at(i), x), jnp.arange(blocks))
+    left = _basis(parts.reshape(blocks * rows, -1)[:out])
+    parts = jnp.pad(left, ((0, blocks * rows - out), (0, 0))).reshape(blocks, rows, -1)
+    right = jax.lax.fori_loop(
+        0,
+        blocks,
+        lambda i, total: total + _mm(at(i).T, parts[i]),
+        jnp.zeros((width, left.shape[1]), left.dtype),
+    )
+    return left, right
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -505,20 +515,19 @@ def _largest(entries: Entries, kept: int) -> jax.Array:
     def bits(values: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
 
+    def above(i: jax.Array, least: jax.Array) -> jax.Array:
+        pairs = zip(entries.at(i), least, strict=True)
+        return jnp.stack([jnp.sum(bits(x) >= m, dtype=jnp.int32) for x, m in pairs])
+
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple:
         low, high = bounds
         middle = low + (high - low + 1) // 2
-
-        def count(i: jax.Array, total: jax.Array) -> jax.Array:
-            above = bits(entries.at(i)) >= middle[:, None, None]
-            return total + jnp.sum(above, (1, 2), dtype=jnp.int32)
-
-        total = jax.lax.fori_loop(0, entries.blocks, count, jnp.zeros_like(low))
-        enough = total >= kept
+        enough = kept <= jax.lax.fori_loop(
+            0, entries.blocks, lambda i, n: n + above(i, middle), jnp.zeros_like(low)
+        )
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    count = jax.eval_shape(entries.at, 0).shape[0]
-    low = jnp.zeros(count, jnp.int32)
+    low = jnp.zeros(len(jax.eval_shape(entries.at, 0)), jnp.int32)
     low, _ = jax.lax.fori_loop(0, 31, halve, (low, low + bits(jnp.float32(jnp.inf))))
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
@@ -602,9 +611,9 @@ def _layers(values: jax.Array) -> jax.Array:
     return values.reshape(count, -1, rows, columns).swapaxes(0, 1)
 
 
-def _sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """The weighted sum over axis 0; no matrix product, which could round inputs."""
-    return jnp.sum(values * weights[:, None, None], 0)
+def _sum(values: Sequence[jax.Array], shares: Sequence[jax.Array]) -> jax.Array:
+    """The weighted sum; no matrix product, which could round its inputs."""
+    return sum(x * w for x, w in zip(values, shares, strict=True))
 
 
 def _mm(*factors: jax.Array) -> jax.Array:

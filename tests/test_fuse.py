@@ -225,3 +225,38 @@ def test_peft_merges_alike(ours, theirs, weights, tmp_path):
             )
             compared += 1
     assert compared == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", fusion.SPACES)
+@pytest.mark.parametrize("name", ["linear", "ties"])
+def test_time_and_memory(name, space, tmp_path):
+    """Eight modules of the width of a 7B model: seconds and peak memory, with -s."""
+    rng = np.random.default_rng(0)
+    folders = []
+    for which in "abc":
+        folders.append(write(tmp_path / which, 0, r=16))
+        tensors = {
+            f"base_model.model.layers.{i}.q.lora_{side}.weight": np.float32(
+                rng.normal(size=shape)
+            )
+            for i in range(8)
+            for side, shape in (("A", (16, 4096)), ("B", (4096, 16)))
+        }
+        safetensors.numpy.save_file(tensors, folders[-1] / TENSORS)
+    code = (
+        "import resource, runpy, sys, time; began = time.perf_counter()\n"
+        "try: runpy.run_module('aim_jax.fuse', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(round(time.perf_counter() - began, 1),"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    args = ["--method", name, "--space", space, "--out", tmp_path / "out", *folders]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    seconds, peak = done.stdout.split()[-2:]
+    print(f"{name}, {space}: {seconds} s, {peak} MiB")
+    # The three products of one module alone would be 192 MiB, those of all 1536.
+    assert int(peak) < 1536

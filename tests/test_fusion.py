@@ -248,6 +248,22 @@ def test_products_in_blocks(name):
     assert np.linalg.norm(whole - found) < 1.001 * least
 
 
+@pytest.mark.parametrize("name", ["linear", "ties"])
+def test_a_product_is_never_formed(name):
+    """All the memory that a merge of three takes is less than half of one product."""
+    size, rank = 8192, 16
+    module = {
+        "a": jax.ShapeDtypeStruct((rank, size), jnp.float32),
+        "b": jax.ShapeDtypeStruct((size, rank), jnp.float32),
+    }
+    weights = jax.ShapeDtypeStruct((3,), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rule = fusion.Rule(name, PRODUCT)
+    lowered = fusion._in_product.lower((module,) * 3, (), weights, key, rule, None)
+    used = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert 0 < used < 0.5 * 4 * size**2
+
+
 @pytest.mark.parametrize("space", fusion.SPACES)
 @pytest.mark.parametrize("into", ["linear", "ties"])
 def test_dare(space, into):
