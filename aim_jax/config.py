@@ -180,6 +180,8 @@ CHOICES = {
     "method.trend": ("ratio", "window"),
     "method.loss_scale": ("accumulation", "mean"),
     "method.measure": ("l1", "frobenius"),
+    "method.space": ("factor", "product"),
+    "method.drop_into": ("linear", "ties"),
     "parallel.mode": ("auto", "pmap", "jit"),
 }
 
@@ -201,6 +203,7 @@ BOUNDS = {
             "checkpoint.keep",
             "lora.r",
             "method.interval",
+            "method.every",
             "method.min_interval",
             "method.max_interval",
             "method.window",

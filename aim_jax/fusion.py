@@ -532,6 +532,27 @@ def _largest(entries: Entries, kept: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
+def check(rule: Rule) -> None:
+    """Raise InputError for a rule whose constants are none."""
+    for field, value, known in (
+        ("rule", rule.name, RULES),
+        ("space", rule.space, SPACES),
+        ("drop_into", rule.drop_into, ("linear", "ties")),
+    ):
+        if value not in known:
+            raise aim_jax.InputError(
+                f"{field}: no '{value}'; there are {', '.join(known)}"
+            )
+    if not 0 < rule.density <= 1:
+        raise aim_jax.InputError(f"density {rule.density} must be above 0, at most 1")
+    if rule.scale is not None and not math.isfinite(rule.scale):
+        raise aim_jax.InputError(f"scale {rule.scale} must be finite")
+    for field in ("decay", "split"):
+        value = getattr(rule, field)
+        if not 0 <= value <= 1:
+            raise aim_jax.InputError(f"{field} {value} must be at least 0, at most 1")
+
+
 def _check(
     deltas: Sequence[Tree],
     rule: Rule,
@@ -539,17 +560,11 @@ def _check(
     fishers: Sequence[Tree] | None,
 ) -> None:
     """Raise InputError for what `merge` cannot merge."""
-    _check_choice("rule", rule.name, RULES)
-    _check_choice("space", rule.space, SPACES)
-    _check_choice("drop_into", rule.drop_into, ("linear", "ties"))
+    check(rule)
     if not deltas or len(weights) != len(deltas):
         raise aim_jax.InputError(
             f"{len(weights)} weights for {len(deltas)} adapters; give one for each"
         )
-    if not 0 < rule.density <= 1:
-        raise aim_jax.InputError(f"density {rule.density} must be above 0, at most 1")
-    if not 0 <= rule.decay <= 1:
-        raise aim_jax.InputError(f"decay {rule.decay} must be at least 0, at most 1")
     if rule.name in ("ema", "slao") and set(weights) != {1.0}:
         raise aim_jax.InputError(f"{rule.name} weighs by order; it takes no weights")
     least = -math.inf if rule.name in SIGNED else 0
@@ -571,11 +586,6 @@ def _check(
                         f"{what} {number + 1} of {len(deltas)}: values that are not"
                         f" finite in {name}"
                     )
-
-
-def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise aim_jax.InputError(f"{what}: no '{value}'; there are {', '.join(known)}")
 
 
 @jax.jit

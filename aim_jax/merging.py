@@ -1,0 +1,66 @@
+"""Methods that train an adapter on each task alone, and merge all adapters there are.
+
+Every task begins from the same fresh adapter theta_0. After it, its adapter joins those of
+the earlier tasks, and what is evaluated is the merge of them all, made anew; nothing of it
+is trained on. No data is kept, but one adapter a task is.
+"""
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from aim_jax import fusion, methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(methods.Options):
+    """What every such method has; fields that `fusion.Rule` has too become its own."""
+
+    space: str = "factor"  # or `product`
+    scale: float | None = None  # of the merge; None: as `fusion.Rule`
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """tasks: how many adapters are kept."""
+
+    tasks: int = 0
+
+
+def make(options: Options) -> methods.Method:
+    """The hooks of the method whose rule is named as it is.
+
+    In factor space the rule merges theta_i - theta_0, and theta_0 is added: that is theta_0
+    + lambda sum delta_i for task arithmetic. In product space it merges the changes of the
+    weights, which B = 0 makes none at theta_0. A single adapter is left as it is.
+    """
+    fields = {f.name for f in dataclasses.fields(fusion.Rule)}
+    values = dataclasses.asdict(options)
+    rule = fusion.Rule(**{k: v for k, v in values.items() if k in fields})
+    fusion.check(rule)
+
+    def start(delta, tasks):
+        kept = jax.tree.map(lambda x: jnp.zeros((tasks, *x.shape), x.dtype), delta)
+        return methods.Memo({"origin": delta, "kept": kept}, Kept())
+
+    def before_task(tools, state, memo):
+        return state._replace(delta=memo.arrays["origin"]), memo
+
+    def after_task(tools, state, memo):
+        number, origin = memo.host.tasks, memo.arrays["origin"]
+        kept = jax.tree.map(
+            lambda old, new: old.at[number].set(new), memo.arrays["kept"], state.delta
+        )
+        memo = methods.Memo(memo.arrays | {"kept": kept}, Kept(number + 1))
+        if number == 0:
+            return state, memo
+        found = [jax.tree.map(operator.itemgetter(i), kept) for i in range(number + 1)]
+        if rule.space == "product":
+            return state._replace(delta=fusion.merge(found, rule)), memo
+        changes = [jax.tree.map(jnp.subtract, delta, origin) for delta in found]
+        merged = fusion.merge(changes, rule)
+        return state._replace(delta=jax.tree.map(jnp.add, origin, merged)), memo
+
+    return methods.Method(start=start, before_task=before_task, after_task=after_task)
