@@ -185,11 +185,11 @@ def merge(
     mean squared gradients shaped as the deltas. rank: of the result in product space, the
     largest one where not given; there the adapters' ranks may differ. ema and slao take
     the adapters in their order, as `ema` and `slao` do one by one (in product space both
-    are weighted averages of products). Of a single adapter
-    nothing is trimmed or dropped, and its scale is 1 unless set: nothing interferes.
-    Raises InputError for values that are not finite, naming adapter and path, and for
-    weights that a rule cannot take. All work is in functions jitted once for all modules
-    of a shape; this one reads values on the host, so it is not to be jitted itself.
+    are weighted averages of products). Of a single adapter nothing is trimmed or dropped,
+    and its scale is 1 unless set: nothing interferes. Raises InputError for shapes that
+    differ and values that are not finite, naming adapter and path, and for weights that a
+    rule cannot take. All work is in functions jitted once for all modules of a shape; this
+    one reads values on the host, so it is not to be jitted itself.
     """
     count = len(deltas)
     weights = [1.0] * count if weights is None else [float(w) for w in weights]
@@ -404,7 +404,7 @@ def _in_product(
         def precision(i: jax.Array) -> list[jax.Array]:
             variances = [
                 _mm(block(f["b"], i) ** 2, 1 / p["a"])
-                + _mm(1 / block(p["b"], i), f["a"] ** 2)
+                + _mm(block(1 / p["b"], i), f["a"] ** 2)
                 for f, p in zip(factors, floors, strict=True)
             ]
             return [1 / jnp.maximum(v, 1e-30) for v in variances]
@@ -576,16 +576,42 @@ def _check(
         )
     if rule.name == "fisher" and len(fishers or ()) != len(deltas):
         raise aim_jax.InputError("fisher needs the squared gradients of every adapter")
-    for what, trees in (("adapter", deltas), ("fisher", fishers or ())):
-        finite = jax.device_get([_finite(tree) for tree in trees])
-        for number, tree in enumerate(finite):
-            for path, good in jax.tree_util.tree_leaves_with_path(tree):
-                if not good:
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    raise aim_jax.InputError(
-                        f"{what} {number + 1} of {len(deltas)}: values that are not"
-                        f" finite in {name}"
-                    )
+    for number, delta in enumerate(deltas):
+        where = f"adapter {number + 1} of {len(deltas)}"
+        _check_tree(where, delta, deltas[0], rule.space == "product")
+        if rule.name == "fisher":
+            _check_tree(f"fisher of {where}", fishers[number], delta, False)
+
+
+def _check_tree(where: str, tree: Tree, like: Tree, ranks: bool) -> None:
+    """Raise InputError for shapes that are not those of `like`, and infinite values.
+
+    ranks: whether a rank of its own is as good.
+    """
+
+    def shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+        found = {path: list(x.shape) for path, x in _leaves(tree)}
+        for path, shape in found.items():
+            if ranks:
+                shape[-2 if path.endswith("a") else -1] = 0
+        return found
+
+    ours, theirs = shapes(tree), shapes(like)
+    for path in sorted(ours.keys() | theirs.keys()):
+        if ours.get(path) != theirs.get(path):
+            raise aim_jax.InputError(
+                f"{where}: {path} is {ours.get(path)}, not {theirs.get(path)}"
+            )
+    for path, good in _leaves(jax.device_get(_finite(tree))):
+        if not good:
+            raise aim_jax.InputError(f"{where}: values that are not finite in {path}")
+
+
+def _leaves(tree: Tree) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 @jax.jit

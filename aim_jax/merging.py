@@ -34,7 +34,8 @@ def make(options: Options) -> methods.Method:
 
     In factor space the rule merges theta_i - theta_0, and theta_0 is added: that is theta_0
     + lambda sum delta_i for task arithmetic. In product space it merges the changes of the
-    weights, which B = 0 makes none at theta_0. A single adapter is left as it is.
+    weights, which B = 0 makes none at theta_0 (one from `lora.path` counts as a part of
+    every adapter). A single adapter is left as it is.
     """
     fields = {f.name for f in dataclasses.fields(fusion.Rule)}
     values = dataclasses.asdict(options)

@@ -216,7 +216,7 @@ def test_products_of_other_ranks():
         ].shape == (9, WIDTH)
 
 
-@pytest.mark.parametrize("name", ["ties", "magmax"])
+@pytest.mark.parametrize("name", ["ties", "magmax", "fisher"])
 def test_products_in_blocks(name):
     """More rows than a block, a last block that is not full, a spectrum that falls slowly.
 
@@ -239,9 +239,19 @@ def test_products_in_blocks(name):
         sign = np.where(kept.sum(0) >= 0, 1, -1)
         agree = np.sign(kept) == sign
         whole = (kept * agree).sum(0) / np.maximum(agree.sum(0), 1)
-    else:
+    elif name == "magmax":
         whole = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
-    merged = fusion.merge(trees, fusion.Rule(name, PRODUCT))["q"]
+    else:
+        sides = [[np.float64(t["q"][s]) for s in "ba"] for t in trees]
+        # Every F is the square of the other adapters' entry.
+        others = [sides[2], *sides[:2]]
+        share = [
+            1 / (b**2 @ (1 / (f**2 + 1e-6)) + (1 / (g**2 + 1e-6)) @ a**2)
+            for (b, a), (g, f) in zip(sides, others, strict=True)
+        ]
+        whole = sum(s * y for s, y in zip(share, x, strict=True)) / sum(share)
+    fishers = [jax.tree.map(jnp.square, t) for t in (trees[2], *trees[:2])]
+    merged = fusion.merge(trees, fusion.Rule(name, PRODUCT), fishers=fishers)["q"]
     found = np.float64(merged["b"]) @ np.float64(merged["a"])
     least = np.linalg.norm(whole - best(whole, rank))
     assert least > 0.1 * np.linalg.norm(whole)
@@ -433,6 +443,18 @@ def test_values_that_are_not_finite(value):
     broken["layers"]["q"]["b"] = broken["layers"]["q"]["b"].at[1, 2, 0].set(value)
     with pytest.raises(aim_jax.InputError, match="adapter 2 of 2.*in layers/q/b"):
         fusion.merge([adapter(0), broken], fusion.Rule("linear"))
+
+
+@pytest.mark.parametrize("space", fusion.SPACES)
+def test_shapes_that_differ(space):
+    trees = [adapter(0), adapter(1, width=5)]
+    with pytest.raises(aim_jax.InputError, match="adapter 2 of 2: last/v/a is .*, not"):
+        fusion.merge(trees, fusion.Rule("linear", space))
+    del trees[1]["last"]
+    with pytest.raises(
+        aim_jax.InputError, match="adapter 2 of 2: last/v/a is None, not"
+    ):
+        fusion.merge(trees, fusion.Rule("linear", space))
 
 
 @pytest.mark.parametrize(
