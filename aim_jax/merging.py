@@ -44,24 +44,38 @@ def make(options: Options) -> methods.Method:
 
     def start(delta, tasks):
         kept = jax.tree.map(lambda x: jnp.zeros((tasks, *x.shape), x.dtype), delta)
-        return methods.Memo({"origin": delta, "kept": kept}, Kept())
+        arrays = {"origin": delta, "kept": kept}
+        if rule.name == "fisher":
+            arrays["fishers"] = kept
+        return methods.Memo(arrays, Kept())
 
     def before_task(tools, state, memo):
         return state._replace(delta=memo.arrays["origin"]), memo
 
     def after_task(tools, state, memo):
         number, origin = memo.host.tasks, memo.arrays["origin"]
-        kept = jax.tree.map(
-            lambda old, new: old.at[number].set(new), memo.arrays["kept"], state.delta
-        )
-        memo = methods.Memo(memo.arrays | {"kept": kept}, Kept(number + 1))
+        new = {"kept": state.delta}
+        if rule.name == "fisher":
+            new["fishers"] = tools.fisher(state, memo, options.fisher_rows)
+        kept = {
+            name: jax.tree.map(
+                lambda x, y: x.at[number].set(y), memo.arrays[name], tree
+            )
+            for name, tree in new.items()
+        }
+        memo = methods.Memo(memo.arrays | kept, Kept(number + 1))
         if number == 0:
             return state, memo
-        found = [jax.tree.map(operator.itemgetter(i), kept) for i in range(number + 1)]
+        found = {
+            name: [jax.tree.map(operator.itemgetter(i), t) for i in range(number + 1)]
+            for name, t in kept.items()
+        }
+        deltas, fishers = found["kept"], found.get("fishers")
         if rule.space == "product":
-            return state._replace(delta=fusion.merge(found, rule)), memo
-        changes = [jax.tree.map(jnp.subtract, delta, origin) for delta in found]
-        merged = fusion.merge(changes, rule)
+            merged = fusion.merge(deltas, rule, fishers=fishers)
+            return state._replace(delta=merged), memo
+        changes = [jax.tree.map(jnp.subtract, delta, origin) for delta in deltas]
+        merged = fusion.merge(changes, rule, fishers=fishers)
         return state._replace(delta=jax.tree.map(jnp.add, origin, merged)), memo
 
     return methods.Method(start=start, before_task=before_task, after_task=after_task)

@@ -13,7 +13,7 @@ from test_fusion import adapter, close, elected, matrices, trimmed
 
 import aim_jax
 from aim_jax import config, fusion, methods, run
-from aim_jax.methods import ema, opcm, sequential, slao, task_arithmetic, ties
+from aim_jax.methods import ema, fisher, opcm, sequential, slao, task_arithmetic, ties
 
 
 class State(NamedTuple):
@@ -22,7 +22,7 @@ class State(NamedTuple):
     delta: Any
 
 
-def stream(method, tuned):
+def stream(method, tuned, tools=None):
     """The adapter before and after each task, where training gives `tuned`; the memo."""
     fresh = adapter(0)
     fresh = jax.tree.map_with_path(
@@ -31,9 +31,9 @@ def stream(method, tuned):
     state, memo = State(fresh), method.start(fresh, len(tuned))
     begun, done = [], []
     for delta in tuned:
-        state, memo = method.before_task(None, state, memo)
+        state, memo = method.before_task(tools, state, memo)
         begun.append(state.delta)
-        state, memo = method.after_task(None, State(delta), memo)
+        state, memo = method.after_task(tools, State(delta), memo)
         done.append(state.delta)
         # What a checkpoint keeps gives the same again.
         again = methods.revive(
@@ -76,6 +76,37 @@ def test_ties_in_product_space():
         expected = (u[:, :3] * s[:3]) @ vt[:3]
         found = matrices([state.delta], "product")[name][0]
         np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("space", fusion.SPACES)
+def test_fisher(space):
+    """Each adapter is weighted by the squared gradients at it, measured once."""
+    tuned = [adapter(seed) for seed in (1, 2, 3)]
+    asked = []
+
+    def squares(state, memo, rows):
+        asked.append((state.delta, rows))
+        return jax.tree.map(lambda x: 1e-3 * x**4, state.delta)
+
+    method = fisher.make(fisher.Options(space=space, fisher_rows=7))
+    fresh, _, done = stream(
+        method, tuned, methods.Tools(0, 0, None, None, None, squares)
+    )
+    assert [count for _, count in asked] == [7] * 3
+    same([delta for delta, _ in asked], tuned)
+    changes, rule = tuned, fusion.Rule("fisher", space)
+    if space == "factor":
+        changes = [jax.tree.map(jnp.subtract, t, fresh) for t in tuned]
+    squared = [jax.tree.map(lambda x: 1e-3 * x**4, t) for t in tuned]
+    merged = fusion.merge(changes, rule, fishers=squared)
+    if space == "factor":
+        merged = jax.tree.map(jnp.add, fresh, merged)
+        expected = {}
+        for name, x in matrices(tuned, space).items():
+            share = 1e-3 * x**4 + 1e-6
+            expected[name] = (share * x).sum(0) / share.sum(0)
+        close(done[2], expected, space, 1e-4)
+    same(done[2], merged)
 
 
 def test_opcm_starts_from_the_change():

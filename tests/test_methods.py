@@ -20,6 +20,7 @@ TASKS = synthetic.STREAM[:2]
 SMALL = {
     "aim": {"interval": 2, "rehearsal": 2, "threshold_factor": 1.0},
     "replay_interval": {"interval": 2},
+    "ema": {"every": 2},
     "forever": {"calibration": 1, "rehearsal": 2},
     "step_ebbinghaus": {"calibration": 1, "rehearsal": 2},
 }
