@@ -185,6 +185,7 @@ def test_constants_that_are_none(options, words):
         config.resolve(config.Config(method=slao.Options(space="both")))
 
 
+@pytest.mark.slow
 def test_a_stream(tmp_path):
     """The second adapter is the merge of those that two runs of one task each give."""
 

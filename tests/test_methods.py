@@ -125,7 +125,17 @@ def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@pytest.mark.parametrize("name", methods.names())
+# One of each kind of hook every day, as compiling takes 10 s a method; all with --all.
+DAILY = ("aim", "ewc", "inc_lora", "replay", "ties")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in DAILY else pytest.param(name, marks=pytest.mark.slow)
+        for name in methods.names()
+    ],
+)
 def test_contract(name, lessons):
     """The first task has no memory; a place in the second is as good as the whole way.
 
@@ -362,6 +372,7 @@ def product(delta):
     return lora.map_modules(lambda a, b: np.float64(b) @ np.float64(a), delta)
 
 
+@pytest.mark.slow
 def test_inc_lora_sums_frozen_adapters(lessons):
     job, plain = lessons.job("inc_lora"), lessons.job("sequential")
     begun = lessons.start(job)
@@ -501,6 +512,7 @@ def test_rehearsal_follows_the_clock(name, lessons):
         assert job.method.after_step(nothing, begun, memo, signals)[0] is begun
 
 
+@pytest.mark.slow
 def test_the_penalty_of_a_rehearsal(lessons):
     """Its gradient, 2 beta (theta - theta*), is added to that of the memory's loss."""
     job, plain = lessons.job("forever"), lessons.job("sequential")
