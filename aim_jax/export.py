@@ -11,7 +11,7 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,28 +77,45 @@ def write(
     file = workdir / "config.json"
     if not file.is_file():
         raise aim_jax.InputError(f"--workdir {workdir}: no config.json; not a run")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
+    check_new(out)
     cfg = config.from_json(json.loads(file.read_text()))
     source = adapter(workdir, task)
     {"peft": peft, "merged": merged}[kind](cfg, source, out)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command: absl's arguments in, a folder out."""
+def check_new(out: pathlib.Path) -> None:
+    """Raise InputError if there is something in the folder `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
+
+
+def command(needed: Sequence[str], make: Callable[[pathlib.Path], None]) -> None:
+    """A command that makes the folder --out: it ends with its name, or an error and 2.
+
+    needed: flags without which there is an error.
+    """
     values = flags.FLAGS
-    # A model is taken apart and written: no work for an accelerator, nor for its memory.
+    # Weights are taken apart and written: no work for an accelerator, nor for its memory.
     jax.config.update("jax_platforms", "cpu")
     try:
-        for name in ("workdir", "format", "out"):
+        for name in (*needed, "out"):
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
-        out = pathlib.Path(values.out)
-        write(pathlib.Path(values.workdir), values.format, out, values.task)
+        make(pathlib.Path(values.out))
     except aim_jax.InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print(out)
+    print(values.out)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command: absl's arguments in, a folder out."""
+    values = flags.FLAGS
+
+    def make(out: pathlib.Path) -> None:
+        write(pathlib.Path(values.workdir), values.format, out, values.task)
+
+    command(("workdir", "format"), make)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,14 @@ tensors, under the same names, from fisher.safetensors in its folder.
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 
 import aim_jax
-from aim_jax import fusion, lora
+from aim_jax import export, fusion, lora
 from aim_jax.models import hf
 
 FISHER = "fisher.safetensors"
@@ -40,8 +38,7 @@ def fuse(
     """
     if not folders:
         raise aim_jax.InputError("no adapters; name the folders of one or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
+    export.check_new(out)
     if rank is not None and (rank < 1 or rule.space == "factor"):
         raise aim_jax.InputError(
             f"--rank {rank}: must be at least 1, and is for --space product alone"
@@ -137,12 +134,8 @@ def _name(module: str, side: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, a folder out."""
     values = flags.FLAGS
-    # As export does: an accelerator, which may be at work, is left alone.
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        for name in ("method", "out"):
-            if not values[name].value:
-                raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
+
+    def make(out: pathlib.Path) -> None:
         names = [f.name for f in dataclasses.fields(fusion.Rule) if f.name != "name"]
         rule = fusion.Rule(
             values.method, **{name: values[name].value for name in names}
@@ -151,11 +144,9 @@ def main(argv: Sequence[str]) -> None:
         weights = None
         if values.weights is not None:
             weights = [_number(text) for text in values.weights]
-        fuse(folders, rule, pathlib.Path(values.out), weights, values.rank)
-    except aim_jax.InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(values.out)
+        fuse(folders, rule, out, weights, values.rank)
+
+    export.command(("method",), make)
 
 
 def _number(text: str) -> float:

@@ -6,12 +6,11 @@ is trained on. No data is kept, but one adapter a task is.
 """
 
 import dataclasses
-import operator
 
 import jax
 import jax.numpy as jnp
 
-from aim_jax import fusion, methods
+from aim_jax import fusion, lora, methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ def make(options: Options) -> methods.Method:
     fusion.check(rule)
 
     def start(delta, tasks):
-        kept = jax.tree.map(lambda x: jnp.zeros((tasks, *x.shape), x.dtype), delta)
+        kept = lora.stack(delta, tasks)
         arrays = {"origin": delta, "kept": kept}
         if rule.name == "fisher":
             arrays["fishers"] = kept
@@ -57,18 +56,13 @@ def make(options: Options) -> methods.Method:
         new = {"kept": state.delta}
         if rule.name == "fisher":
             new["fishers"] = tools.fisher(state, memo, options.fisher_rows)
-        kept = {
-            name: jax.tree.map(
-                lambda x, y: x.at[number].set(y), memo.arrays[name], tree
-            )
-            for name, tree in new.items()
-        }
+        kept = {k: lora.put(memo.arrays[k], number, tree) for k, tree in new.items()}
         memo = methods.Memo(memo.arrays | kept, Kept(number + 1))
         if number == 0:
             return state, memo
         found = {
-            name: [jax.tree.map(operator.itemgetter(i), t) for i in range(number + 1)]
-            for name, t in kept.items()
+            name: [lora.pick(stack, i) for i in range(number + 1)]
+            for name, stack in kept.items()
         }
         deltas, fishers = found["kept"], found.get("fishers")
         if rule.space == "product":

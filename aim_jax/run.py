@@ -36,6 +36,7 @@ from aim_jax import (
     metrics,
     parallel,
     preemption,
+    records,
     report,
     steps,
 )
@@ -117,10 +118,8 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         return done
     began = time.perf_counter()
     job = prepare(cfg, folder)
-    counts = [
-        batches.total_steps(len(train_rows(job, n)), cfg.train)
-        for n in range(len(job.stream))
-    ]
+    sizes = [len(train_rows(job, n)) for n in range(len(job.stream))]
+    counts = [batches.total_steps(size, cfg.train) for size in sizes]
     inputs = fingerprints(job)
     with (
         logs.alone(folder),
@@ -151,7 +150,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
                 held = extra_bytes(job, number, place.memo)
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = [None] * (number + 1)
-                if train_rows(job, number):
+                if sizes[number]:
                     scores = evaluate_task(job, number, place, seconds)
                     learnt = (task.name for task in job.stream[: number + 1])
                     named = dict(zip(learnt, scores, strict=True))
@@ -336,12 +335,7 @@ def restore(
 
     Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
-    delta = fresh(job)
-    memo = methods.Memo()
-    if method.start:
-        memo = method.start(delta, len(job.stream))
-    state = steps.init(delta, 0, jax.random.key(0))
-    place = Place(0, state, memo, delta, math.inf)
+    place = beginning(job, method)
     facts: dict[str, Any] = {
         "inputs": inputs,
         "matrix": [],
@@ -361,10 +355,17 @@ def restore(
         )
     job.work.update(facts["work"])
     facts["work"] = job.work
-    best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
-    memo = methods.Memo(arrays["memo"], methods.revive(memo.host, facts["host"]))
-    place = Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
-    return place, facts
+    return unpack(place, arrays, facts), facts
+
+
+def beginning(job: Job, method: methods.Method) -> Place:
+    """The place before the first task."""
+    delta = fresh(job)
+    memo = methods.Memo()
+    if method.start:
+        memo = method.start(delta, len(job.stream))
+    state = steps.init(delta, 0, jax.random.key(0))
+    return Place(0, state, memo, delta, math.inf)
 
 
 def begin(
@@ -424,6 +425,13 @@ def pack(place: Place) -> tuple[Tree, dict[str, Any]]:
         "host": None if host is None else dataclasses.asdict(host),
         "best_loss": place.best_loss if math.isfinite(place.best_loss) else None,
     }
+
+
+def unpack(like: Place, arrays: Tree, facts: dict[str, Any]) -> Place:
+    """The place that `pack` took apart; like: another one of its method."""
+    best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
+    memo = methods.Memo(arrays["memo"], methods.revive(like.memo.host, facts["host"]))
+    return Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
 
 
 def lesson(job: Job, number: int) -> Lesson:
@@ -635,8 +643,8 @@ def kept_score(file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]) -> 
     """The score of the predictions in `file`, which are made if it is not there."""
     if not file.is_file():
         logs.write_rows(file, make())
-    lines = file.read_text("utf-8").split("\n")
-    return metrics.mean([json.loads(line)["score"] for line in lines if line])
+    rows = records.rows(file, records.PREDICTION, finished=True, notes=[])
+    return metrics.mean([row["score"] for row in rows])
 
 
 def single_score(

@@ -10,15 +10,14 @@ data.root=DATA. Time and scores: not run yet.
 """
 
 import dataclasses
+import pathlib
+import runpy
 
-from aim_jax import config, methods
+from aim_jax import methods
 
-BASE = config.Config(
-    data=config.Data(buckets=(48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)),
-    memory=config.Memory(percent=4.0, batch_size=16),
-    train=config.Train(batch_size=16, learning_rate=3e-3),
-    eval=config.Eval(batch_size=100, max_length=16),
-)
+# Data, memory and training are those of the quickstart.
+QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
+BASE = runpy.run_path(str(QUICKSTART))["CONFIG"]
 VARIANTS = {
     "olora=frobenius": ("olora", {"measure": "frobenius"}),
 }

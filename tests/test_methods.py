@@ -3,14 +3,13 @@
 import collections
 import dataclasses
 import json
-import math
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from aim_jax import config, logs, lora, methods, run, steps
+from aim_jax import config, logs, lora, methods, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import ewc
 from aim_jax.models import hf
@@ -85,12 +84,7 @@ class Lessons:
         return job._replace(cfg=cfg, method=method, steps=made)
 
     def start(self, job):
-        delta = run.fresh(job)
-        memo = methods.Memo()
-        if job.method.start:
-            memo = job.method.start(delta, len(job.stream))
-        state = steps.init(delta, 0, jax.random.key(0))
-        return run.Place(0, state, memo, delta, math.inf)
+        return run.beginning(job, job.method)
 
     def train(self, job, number, place, save=lambda place: None):
         """The place after the task, and what was logged."""
@@ -111,10 +105,7 @@ def thawed(place):
     """A place after a way through a checkpoint: arrays, and JSON."""
     arrays, facts = run.pack(place)
     arrays = jax.tree.map(lambda x: jax.device_put(np.array(x)), arrays)
-    facts = json.loads(json.dumps(facts))
-    memo = methods.Memo(arrays["memo"], methods.revive(place.memo.host, facts["host"]))
-    loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
-    return run.Place(facts["step"], arrays["state"], memo, arrays["best"], loss)
+    return run.unpack(place, arrays, json.loads(json.dumps(facts)))
 
 
 def same(a, b):

@@ -17,6 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from aim_jax import methods
 
@@ -63,10 +64,8 @@ def scheduled(options: Options, tick) -> methods.Method:
         return state, methods.Memo(arrays, Clock())
 
     def rehearsal_penalty(delta, arrays):
-        squares = jax.tree.map(
-            lambda x, a: jnp.sum((x - a) ** 2), delta, arrays["anchor"]
-        )
-        return arrays["beta"] * jax.tree.reduce(jnp.add, squares)
+        away = jax.tree.map(jnp.subtract, delta, arrays["anchor"])
+        return arrays["beta"] * optax.tree.norm(away, squared=True)
 
     def after_step(tools, state, memo, signals):
         clock = advance(memo.host, options, signals.step, tick(signals))
