@@ -398,7 +398,11 @@ def _garbled(data: bytes) -> str:
     """The row of a JSON array that is the first to hold bytes which are not UTF-8."""
     try:
         rows = json.loads(data.decode("utf-8-sig", "surrogateescape"))
-        first = next(i for i, r in enumerate(rows) if "\\udc" in json.dumps(r))
+        texts = (json.dumps(row, ensure_ascii=False) for row in rows)
+        # What surrogateescape makes of such a byte; a sound text has no half pairs.
+        first = next(
+            i for i, text in enumerate(texts) if re.search("[\udc80-\udcff]", text)
+        )
     except (ValueError, RecursionError, TypeError, StopIteration):
         return ""
     return f" row {first} (counted from 0):"
