@@ -21,10 +21,6 @@ from absl import app, flags
 import aim_jax
 from aim_jax import config, methods, run, steps
 
-_CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
-_SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Alternating rounds.", lower_bound=1)
-
 
 def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
     """Milliseconds a step of the second task, and the share the device is idle.
@@ -93,12 +89,15 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
-        cfg = config.load(_CONFIG.value, _SET.value)
-        print(json.dumps(idle(cfg, _ROUNDS.value), indent=1))
+        cfg = config.load(flags.FLAGS.config, flags.FLAGS.set)
+        print(json.dumps(idle(cfg, flags.FLAGS.rounds), indent=1))
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
+    flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
+    flags.DEFINE_integer("rounds", 5, "Alternating rounds.", lower_bound=1)
     app.run(main)
