@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import typing
 
 import hypothesis
@@ -441,3 +442,17 @@ def test_files_that_are_no_config(tmp_path, text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
     if "method.name" not in message:
         assert str(caught.value).startswith(f"--config {file}: ")
+
+
+def test_the_method_page_has_every_field_of_the_presets_and_settings_that_load():
+    page = (ROOT / "docs/method.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+\.\w+)` \| (.+? \| .+?) \|", page, re.M))
+    assert rows == {
+        path: " | ".join(
+            f"`{v}`" if isinstance(v, str) else str(v).lower()
+            for v in (config.PRESETS[p][path] for p in ("release", "paper"))
+        )
+        for path in config.PRESETS["release"]
+    }
+    for setting in re.findall(r"--set (\S+?=\w+)", page):
+        config.load(ROOT / "configs/quickstart.py", [setting])
