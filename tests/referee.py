@@ -1,4 +1,4 @@
-"""PyTorch plays a recorded segment again: `python tests/referee.py TASK STEP [WAY ...]`.
+"""PyTorch plays a recorded segment again: `PYTHONPATH=. python tests/referee.py TASK STEP [WAY]`.
 
 TASK: a recorded task's file without its ending; STEP: one of its restart points; WAY:
 `float32`, `float64`, or a seed: float32 with every gradient multiplied by
