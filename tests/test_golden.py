@@ -432,13 +432,13 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
         base=kit.base,
         text=kit.text,
         devices=kit.devices,
-        steps=steps.Steps(train, None, None, validate),
+        steps=steps.Steps(train, None, None, validate, None),
         work=collections.Counter(),
     )
     zero = np.float32(0)
     state = steps.init(zero, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), zero, np.inf)
-    lesson = run.Lesson(name, rows, [example], [], (0, 0))
+    lesson = run.Lesson(name, 0, rows, [example], [], (0, 0))
     end = run.train(
         job, methods.Method(), lesson, start, lambda *a: None, lambda *a: None
     )
