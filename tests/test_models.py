@@ -14,7 +14,7 @@ import pytest
 from fixtures import make_models
 
 import aim_jax
-from aim_jax import config, lora, models
+from aim_jax import config, lora, methods, models, steps
 from aim_jax.models import decoder, hf, layers
 
 NAMES = sorted(make_models.CONFIGS)
@@ -87,13 +87,27 @@ def test_live(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["t5", "llama3", "gemma3"])
 def test_bfloat16(name):
-    """Rounded as much as PyTorch rounds; the logits themselves are float32."""
+    """Rounded as much as PyTorch rounds; logits, loss, adapter and optimizer are float32."""
     folder = make_models.FOLDER / name
     ours, theirs = parity.rounding(folder, folder / "adapter", recorded(name))
     assert 1e-4 < ours < 1.5 * theirs
-    base = hf.load(config.Model(path=str(folder), dtype="bfloat16"))
-    shape = jax.eval_shape(base.model.apply, {"params": base.params}, batch(name, 3))
+    cfg = config.Config(
+        model=config.Model(path=str(folder), dtype="bfloat16"),
+        lora=config.Lora(target=("all-linear",)),
+    )
+    base = hf.load(cfg.model)
+    assert {x.dtype for x in jax.tree.leaves(base.params)} == {jnp.dtype(jnp.bfloat16)}
+    few = batch(name, 3)
+    shape = jax.eval_shape(base.model.apply, {"params": base.params}, few)
     assert shape.dtype == jnp.float32
+    delta = lora.init(jax.random.key(0), base.params, base.keys, cfg.lora)
+    state = steps.init(delta, 1, jax.random.key(0))
+    few["weights"] = jnp.ones(few["targets"].shape)
+    micro = jax.tree.map(lambda x: x[None], few)
+    train = steps.make(base.model, cfg, methods.Method()).train
+    after, measures = jax.eval_shape(train, base.params, state, (), micro)
+    kept = (after.delta, after.adam.mu, after.adam.nu, measures)
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.skipif(
