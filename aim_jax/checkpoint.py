@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import aim_jax
@@ -98,8 +99,10 @@ def latest(
                 reason,
                 found.step,
             )
-            _set_aside(checkpointer.directory / str(number))
+            if jax.process_index() == 0:
+                _set_aside(checkpointer.directory / str(number))
         if damaged:
+            multihost_utils.sync_global_devices("set aside")
             checkpointer.reload()
         return loaded
     if damaged:
@@ -141,5 +144,5 @@ def _unwritable(checkpointer: Checkpointer, error: Exception) -> aim_jax.InputEr
     reason = " ".join(str(error).split())[:300]
     return aim_jax.InputError(
         f"{checkpointer.directory}: a checkpoint cannot be written: {reason}; what was"
-        " saved before is whole: make room, and the same command goes on from there"
+        " saved before is whole: set this right, and the same command goes on from there"
     )

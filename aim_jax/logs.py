@@ -16,10 +16,13 @@ import aim_jax
 
 METRICS, MERGES = "metrics.jsonl", "merges.jsonl"
 Board = Callable[..., None]
+leads = True  # Of several processes one writes.
 
 
 def append(file: pathlib.Path, row: dict[str, Any]) -> None:
     """Add one JSON line to `file`."""
+    if not leads:
+        return
     with writing(file), file.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
@@ -35,6 +38,8 @@ def cut(folder: pathlib.Path, task: int, step: int) -> None:
 
 def write(file: pathlib.Path, text: str) -> None:
     """Write `file` whole or not at all."""
+    if not leads:
+        return
     # Of this process alone: runs side by side share the scores of single tasks.
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     with writing(file):
@@ -57,7 +62,10 @@ def writing(target: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other processes out of `folder`. Raises InputError if one is at work there."""
+    """Keep other runs out of `folder`. Raises InputError if one is at work there."""
+    if not leads:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +91,7 @@ def bar(total: int, done: int, show: bool) -> tqdm.tqdm:
     return tqdm.tqdm(
         total=total,
         initial=done,
-        disable=None if show else True,
+        disable=None if show and leads else True,
         dynamic_ncols=True,
         unit="step",
     )
@@ -114,7 +122,7 @@ def board(folder: pathlib.Path, wanted: bool, done: int = 0) -> Iterator[Board]:
     write(first, group, step, values): the numbers of a dict, at step first + step of the
     stream. After `done` steps a resumed run hides what its predecessor wrote of later ones.
     """
-    if not wanted:
+    if not (wanted and leads):
         yield lambda first, group, step, values: None
         return
     purge = {"purge_step": done + 1} if done else {}

@@ -8,13 +8,22 @@ import jax
 from absl import app, flags, logging
 
 import aim_jax
-from aim_jax import config, preemption, report, run, tables
+from aim_jax import config, logs, preemption, report, run, tables
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file that assigns CONFIG, or CONFIGS for a sweep."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed if begun.")
 _SEEDS = flags.DEFINE_list("seeds", [], "One run for each, in a folder seed-N.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes, found by SLURM, GKE or the TPU runtime."
+)
+_PREEMPTED = flags.DEFINE_integer(
+    "preempted_status", 0, "Exit status after SIGTERM, for who takes 0 for finished."
+)
 _SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
 
 
@@ -33,6 +42,7 @@ def main(argv: list[str]) -> None:
             raise aim_jax.InputError("--workdir: name the folder of the run")
         workdir = pathlib.Path(_WORKDIR.value)
         cache_compilations()
+        connect()
         preemption.watch()
         failed = run_all(runs(configs, workdir))
     except aim_jax.InputError as error:
@@ -40,14 +50,32 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     except preemption.Preempted:
         print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
-        sys.exit(0)
+        sys.exit(_PREEMPTED.value)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    print(tables.text(tables.results_table(report.load([workdir]))))
+    if logs.leads:
+        print(tables.text(tables.results_table(report.load([workdir]))))
     if failed:
         print(f"error: {failed} runs failed, see above", file=sys.stderr)
         sys.exit(2)
+
+
+def connect() -> None:
+    """Join the other processes of the run, if there are any.
+
+    When one of them is gone, JAX ends the others with a word on it after 30 seconds.
+    """
+    if _COORDINATOR.value or _DISTRIBUTED.value:
+        jax.distributed.initialize(
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            heartbeat_timeout_seconds=30,
+        )
+        logs.leads = jax.process_index() == 0
+        if not logs.leads:
+            sys.stdout = open(os.devnull, "w")
 
 
 def runs(
@@ -86,7 +114,7 @@ def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
             print(f"error: {folder}: {error}", file=sys.stderr)
             failed += 1
     workdir = pathlib.Path(_WORKDIR.value)
-    report.write([workdir], workdir / "report.html")
+    run.write_report(workdir)
     return failed
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,16 +47,17 @@ def open_devices(
     base_bytes: Callable[[], int] = int,
     devices: Sequence[jax.Device] | None = None,
 ) -> Devices:
-    """The mesh of all local devices, or of `devices`, and the mode that `cfg` asks for.
+    """The mesh of all processes' devices, or of `devices`, and the mode of `cfg`.
 
-    Mode `auto` is pmap where there are several devices and each can hold the base
+    Mode `auto` is pmap where one process has several devices and each can hold the base
     (`base_bytes()`, which must leave as much room for all else), else jit. Raises
     InputError where the fields of `parallel` do not fit the devices or each other.
     """
-    devices = devices or jax.local_devices()
+    devices = devices or jax.devices()
     mode, count = cfg.mode, len(devices)
+    apart = jax.process_count() > 1
     if mode == "auto":
-        several = count > 1 and cfg.tensor == 1
+        several = count > 1 and cfg.tensor == 1 and not apart
         whole = several and _fits(devices[0], base_bytes())
         mode = "pmap" if whole else "jit"
     if count % cfg.tensor:
@@ -64,6 +66,8 @@ def open_devices(
         )
     if mode == "pmap" and cfg.tensor > 1:
         raise aim_jax.InputError("parallel.tensor: above 1 it needs parallel.mode=jit")
+    if mode == "pmap" and apart:
+        raise aim_jax.InputError("parallel.mode: pmap is for one process; use jit")
     shape = (count // cfg.tensor, cfg.tensor)
     mesh = jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices)
     return Devices(mesh, mode)
@@ -99,7 +103,7 @@ def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable
 def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
     """A host batch (micro-batches, rows, length) on the devices, split by rows."""
     if devices.mode == "jit":
-        return jax.device_put(batch, NamedSharding(devices.mesh, P(None, AXIS)))
+        return _put(batch, NamedSharding(devices.mesh, P(None, AXIS)))
     return {
         k: v.reshape(v.shape[0], devices.count, -1, *v.shape[2:])
         for k, v in batch.items()
@@ -108,7 +112,32 @@ def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
 
 def place_rows(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
     """A host batch (rows, length) for a jitted function, split by rows."""
-    return jax.device_put(batch, NamedSharding(devices.mesh, P(AXIS)))
+    return _put(batch, NamedSharding(devices.mesh, P(AXIS)))
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """All rows of an array that is split over the devices of all processes."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def agreed(value: bool) -> bool:
+    """What `value` is in the first process: for what is read from a disk or a clock."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def meet(name: str) -> None:
+    """Wait until every process is here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def _put(
+    batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding
+) -> dict[str, jax.Array]:
+    # Every process has the whole batch, and gives its devices their rows of it.
+    return {
+        k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)
+        for k, v in batch.items()
+    }
 
 
 def _sharding(path: str, leaf: Any, rules: Rules, devices: Devices) -> NamedSharding:

@@ -5,9 +5,12 @@ A step, or a batch of an evaluation, is never cut short. Whoever polls decides w
 
 import signal
 
+import jax
 from absl import logging
+from jax.experimental import multihost_utils
 
 _noticed = False
+_asked = 0
 
 
 class Preempted(Exception):
@@ -16,11 +19,20 @@ class Preempted(Exception):
 
 def watch() -> None:
     """From now on note SIGTERM instead of dying of it."""
+    if jax.process_count() > 1:
+        return  # JAX does, and has all processes stop at the same step.
     signal.signal(signal.SIGTERM, _note)
 
 
 def noticed() -> bool:
-    """Whether the machine is wanted back."""
+    """Whether the machine is wanted back.
+
+    Of several processes any one's: all are told at the same call, so all must ask alike.
+    """
+    global _asked
+    _asked += 1
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(_asked)
     return _noticed
 
 

@@ -168,12 +168,15 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
     seconds["total"] = before + time.perf_counter() - began
     results = write_results(job, facts, single, finished=True)
     write_report(folder)
-    shutil.rmtree(folder / "single", ignore_errors=True)
+    if logs.leads:
+        shutil.rmtree(folder / "single", ignore_errors=True)
     return results
 
 
 def write_report(folder: pathlib.Path) -> None:
-    """Write the report of the run in `folder`."""
+    """Write the report of the runs in `folder`."""
+    if not logs.leads:
+        return
     page = folder / "report.html"
     with logs.writing(page):
         report.write([folder], page)
@@ -403,13 +406,14 @@ def keep(
     """
     cfg, step = job.cfg.checkpoint, place.step
     stop = preemption.noticed()
-    if (
-        stop
-        or step in (0, total)
-        or step % cfg.steps == 0
-        or checkpoint.age(checkpointer) > 60 * cfg.minutes
-    ):
+    due = step in (0, total) or step % cfg.steps == 0
+    # To agree on the time, processes wait for each other: not at every step.
+    if jax.process_count() == 1 or step % job.cfg.train.eval_every == 0:
+        due |= parallel.agreed(checkpoint.age(checkpointer) > 60 * cfg.minutes)
+    if stop or due:
         arrays, more = pack(place)
+        # Of what a method made, each of several processes has a copy of its own.
+        arrays = jax.device_put(arrays, job.devices.replicated)
         checkpoint.save(checkpointer, first + step, arrays, facts | more)
     if stop:
         checkpoint.wait(checkpointer)
@@ -485,9 +489,12 @@ def train_task(
     if not task.train:
         return place
     folder = job.folder / "adapters" / _numbered(job, number)
-    with logs.writing(folder):
-        made = adapter(job, place, number)
-        hf.save_adapter(folder, made, job.base.keys, job.cfg.lora, job.cfg.model.path)
+    made = adapter(job, place, number)
+    if logs.leads:
+        with logs.writing(folder):
+            hf.save_adapter(
+                folder, made, job.base.keys, job.cfg.lora, job.cfg.model.path
+            )
     seconds["train"] += time.perf_counter() - began
     return place
 
@@ -641,8 +648,9 @@ def held_out_scores(
 
 def kept_score(file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]) -> float:
     """The score of the predictions in `file`, which are made if it is not there."""
-    if not file.is_file():
+    if not parallel.agreed(file.is_file()):
         logs.write_rows(file, make())
+        parallel.meet(f"{file.name} is written")
     rows = records.rows(file, records.PREDICTION, finished=True, notes=[])
     return metrics.mean([row["score"] for row in rows])
 

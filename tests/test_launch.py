@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from absl import flags
 from absl.testing import flagsaver
 
@@ -75,12 +76,182 @@ def test_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
 def test_shellcheck_has_nothing_to_say():
+    place = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = shutil.which("shellcheck", path=place)
+    if not program:
+        pytest.skip("no shellcheck here")
     found = subprocess.run(
-        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
+        [program, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
     )
     assert not found.stdout + found.stderr
+
+
+def dry(project, script, *args, **env):
+    """The lines that a script would execute."""
+    done = bash(project, script, "--dry-run", *args, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (project / "calls").exists()
+    return done.stdout.splitlines()
+
+
+JOB = ("--config", "c.py", "--workdir", "runs/x", "--set", "model.path=a b")
+MAIN = "python -m aim_jax.main --config c.py --workdir runs/x --set model.path=a\\ b"
+
+
+def test_local_would_start_every_process(project):
+    shape = ("--processes", "3", "--devices", "2")
+    lines = dry(project, "local.sh", *shape, *JOB, PORT="1234")
+    start = f"env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 .venv/bin/{MAIN}"
+    assert lines == [
+        f"{start} --coordinator=localhost:1234 --processes=3 --process={i}"
+        for i in range(3)
+    ]
+
+
+def test_local_shows_the_first_process_and_keeps_the_words_of_others(project):
+    done = bash(project, "local.sh", *JOB)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert sorted(line[-1] for line in calls(project)) == ["0", "1"]
+    assert (project / "runs/x.process-1.log").read_text() == ""
+
+
+def test_local_ends_when_a_process_fails(project):
+    program = project / ".venv/bin/python"
+    program.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in *--process=1) exit 3 ;; *) exec sleep 600 ;; esac\n'
+    )
+    assert bash(project, "local.sh", *JOB).returncode == 3
+
+
+@pytest.mark.parametrize(("per", "tasks"), [("node", 1), ("gpu", 8)])
+def test_slurm_would_submit_a_job_that_goes_back_into_the_queue(project, per, tasks):
+    lines = dry(project, "slurm.sh", "--nodes", "2", "--per", per, *JOB)
+    options = lines[0].split()
+    assert options[0] == "sbatch"
+    assert {
+        "--nodes=2",
+        f"--ntasks-per-node={tasks}",
+        "--gpus-per-node=8",
+        "--requeue",
+        "--signal=TERM@120",
+        "--output=runs/x.slurm.log",
+    } <= set(options)
+    script = "\n".join(lines[1:])
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert f"/{MAIN} --distributed --preempted_status=75" in script
+    # The job's own shell, with stand-ins for the cluster.
+    for status, wanted in ((75, "requeue 17"), (0, "status 0"), (2, "status 2")):
+        end = f'srun() {{ return {status}; }}; scontrol() {{ echo "$@"; }}\n'
+        body = script.replace("exec scontrol", "scontrol")
+        body = body.replace("exit $status", 'echo "status $status"; exit')
+        done = subprocess.run(
+            ["bash"],
+            input=end + body,
+            env=os.environ | {"SLURM_JOB_ID": "17"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.splitlines()[0] == wanted
+
+
+TPU = ("--name", "n", "--zone", "z", "--type", "v5litepod-16")
+
+
+def test_tpu_pod_would_create_install_run_fetch_and_delete(project):
+    lines = dry(project, "tpu_pod.sh", *TPU, "--spot", "--bucket", "b", *JOB)
+    told = "\n".join(lines)
+    parts = [
+        "tpu-vm create n --zone=z --accelerator-type=v5litepod-16",
+        "--spot",
+        "git archive",
+        "scp",
+        "--worker=all",
+        "pip\\ install\\ -q\\ -r\\ requirements.txt",
+        "gcsfuse",
+        "-m aim_jax.main --config c.py --workdir runs/x",
+        "--distributed --preempted_status=75",
+        "scp --recurse n:aim_jax/runs/x runs",
+        "tpu-vm delete n --zone=z --quiet",
+    ]
+    places = [told.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places)
+    kept = dry(project, "tpu_pod.sh", *TPU, "--keep", *JOB)
+    assert not [line for line in kept if "delete" in line or "gcsfuse" in line]
+
+
+# A slice that is preempted during the first run; it writes down what was asked of it.
+GCLOUD = """#!/usr/bin/env bash
+echo "$4" >>gcloud.calls
+case "$*" in
+*describe*) cat state 2>/dev/null ;;
+*create*) echo READY >state ;;
+*delete*) rm -f state ;;
+*aim_jax.main*)
+    echo x >>runs.made
+    if [ "$(wc -l <runs.made)" = 1 ]; then
+        echo "${AFTER:-PREEMPTED}" >state
+        exit 1
+    fi
+    ;;
+*status*) echo "${STATUS:-}" ;;
+esac
+"""
+
+
+def tpu_pod(project, **env):
+    """The process of a run in a slice, and what gcloud was asked for."""
+    (project / "bin").mkdir()
+    for name, text in (("gcloud", GCLOUD), ("git", ""), ("sleep", "")):
+        program = project / "bin" / name
+        program.write_text(text or "#!/usr/bin/env bash\n")
+        program.chmod(0o755)
+    path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = bash(project, "tpu_pod.sh", *TPU, "--spot", *JOB, PATH=path, **env)
+    return done, (project / "gcloud.calls").read_text().split()
+
+
+def test_tpu_pod_goes_on_in_a_new_slice_after_preemption(project):
+    done, asked = tpu_pod(project)
+    assert done.returncode == 0, done.stderr
+    assert "the run goes on in a new one" in done.stderr
+    assert asked.count("create") == 2 and asked.count("delete") == 2
+    assert (project / "runs.made").read_text() == "x\nx\n"
+
+
+@pytest.mark.parametrize(("status", "code"), [("75", 0), ("2", 1)])
+def test_tpu_pod_goes_on_after_sigterm_but_not_after_an_error(project, status, code):
+    done, asked = tpu_pod(project, AFTER="READY", STATUS=status)
+    assert done.returncode == code
+    assert asked.count("create") == 1
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_pod.sh"])
+def test_without_arguments_a_script_tells_how_to_call_it(project, script):
+    done = bash(project, script)
+    assert done.returncode == 2
+    assert f"bash launch/{script} [--dry-run]" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_jobsets_restart_a_preempted_run_and_call_main_rightly(name):
+    job = yaml.safe_load((ROOT / f"launch/k8s/{name}.yaml").read_text())
+    (worker,) = job["spec"]["replicatedJobs"]
+    spec = worker["template"]["spec"]
+    assert spec["completions"] == spec["parallelism"]
+    assert spec["completionMode"] == "Indexed"
+    (container,) = spec["template"]["spec"]["containers"]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [75]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    flag_names = [c[2:].split("=")[0] for c in container["command"][3:]]
+    assert "preempted_status" in flag_names
+    assert all(flag in flags.FLAGS for flag in flag_names)
+    config_file = container["command"][3].partition("=")[2]
+    assert (ROOT / config_file).is_file()
+    mounted = {m["name"] for m in container["volumeMounts"]}
+    assert mounted == {v["name"] for v in spec["template"]["spec"]["volumes"]}
 
 
 def test_requirements_are_installed_once(project):
