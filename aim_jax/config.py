@@ -28,7 +28,10 @@ class Model:
     path: str = "embedded"
     dtype: str = "float32"
     dropout: float | None = None  # the model's own; None: as its config.json says
-    remat: bool = False
+    bits: int = 16  # of a frozen dense weight: 8 or 4 are integers with scales
+    remat: str = (
+        "none"  # what backward computes anew: `none`, `full` layers, or all but `dots`
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +185,8 @@ CHOICES = {
     "method.measure": ("l1", "frobenius"),
     "method.space": ("factor", "product"),
     "method.drop_into": ("linear", "ties"),
+    "model.bits": (4, 8, 16),
+    "model.remat": ("none", "full", "dots"),
     "parallel.mode": ("auto", "pmap", "jit"),
 }
 
@@ -453,7 +458,7 @@ def _check_choice(config: Config, path: str) -> None:
     value = _value(config, path)
     if value is not None and value not in CHOICES[path]:
         raise aim_jax.InputError(
-            f"{path}: no '{value}'; there are {', '.join(CHOICES[path])}"
+            f"{path}: no '{value}'; there are {', '.join(map(str, CHOICES[path]))}"
         )
 
 

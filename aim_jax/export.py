@@ -7,6 +7,7 @@ adapter folded into its weights, for transformers or an inference server. Withou
 the adapter is that after the last finished task.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -57,7 +58,7 @@ def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
 
     Beside the weights go config and tokenizer files of the base.
     """
-    base = hf.load(cfg.model)
+    base = hf.load(dataclasses.replace(cfg.model, bits=16))
     delta, settings = hf.load_adapter(source, base.params, base.keys)
     hf.save(out, lora.fold(base.params, delta, settings), base.keys)
     folder = hf.directory(cfg.model.path)

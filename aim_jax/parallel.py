@@ -141,6 +141,8 @@ def _put(
 
 
 def _sharding(path: str, leaf: Any, rules: Rules, devices: Devices) -> NamedSharding:
+    # The scale of a quantized weight is split as the weight is.
+    path = re.sub("/scale$", "/weight", path)
     spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), P())
     if devices.mode == "pmap":
         spec = P()

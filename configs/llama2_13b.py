@@ -13,7 +13,9 @@ from aim_jax import config
 from aim_jax.methods import aim
 
 CONFIG = config.Config(
-    model=config.Model(path="models/Llama-2-13b-chat-hf", dtype="bfloat16", remat=True),
+    model=config.Model(
+        path="models/Llama-2-13b-chat-hf", dtype="bfloat16", remat="full"
+    ),
     data=config.Data(benchmark="standard_cl"),
     train=config.Train(batch_size=32, micro_batch_size=8, learning_rate=3e-4),
     lora=config.Lora(target=("q_proj", "v_proj")),

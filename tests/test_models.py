@@ -174,11 +174,11 @@ def test_window():
         assert (np.abs(found[0] - found[1]).max() < 1e-6) == same
 
 
-@pytest.mark.parametrize("name", ["t5", "gemma3"])
-def test_remat(name):
+@pytest.mark.parametrize("name, remat", [("t5", "full"), ("gemma3", "dots")])
+def test_remat(name, remat):
     """Recomputed layers give the same gradients."""
     opened = case(name)
-    again = hf.load(config.Model(path=opened.cfg.model.path, dropout=0.0, remat=True))
+    again = hf.load(config.Model(path=opened.cfg.model.path, dropout=0.0, remat=remat))
     leaves = batch(name, 3)
 
     def total(delta, model):
@@ -333,3 +333,26 @@ def test_frequencies(rope):
     theirs = modeling_llama.LlamaRotaryEmbedding(hf_config).inv_freq.numpy()
     ours = np.array(decoder.frequencies(rope, 128), np.float32)
     np.testing.assert_allclose(ours, theirs, rtol=2.5e-7)
+
+
+@pytest.mark.parametrize("name, bits", [("t5", 4), ("gemma3", 8)])
+def test_quantized_base(name, bits):
+    """Integers stand for every dense weight: rounded to half a scale, same model."""
+    opened = case(name)
+    path = opened.cfg.model.path
+    small = hf.load(config.Model(path=path, dropout=0.0, bits=bits))
+    whole, kept = hf.flatten(opened.base.params), hf.flatten(small.params)
+    near = {}
+    for module in lora.dense(small.keys):
+        weight, scale = kept.pop(f"{module}/weight"), kept.pop(f"{module}/scale")
+        assert weight.dtype == {8: jnp.int8, 4: jnp.int4}[bits]
+        again = layers.dequantize(weight, scale, jnp.float32)
+        error = np.abs(again - whole[f"{module}/weight"])
+        width = weight.shape[-1] // scale.shape[-1]
+        assert (error <= 0.5001 * np.repeat(scale, width, -1)).all()
+        near[f"{module}/weight"] = again
+    assert not any(path.endswith("scale") for path in kept)
+    few = batch(name, 3)
+    expected = forward(name)({"params": hf.unflatten(kept | near)}, few)
+    found = jax.jit(small.model.apply)({"params": small.params}, few)
+    np.testing.assert_allclose(found, expected, atol=2e-5)

@@ -69,7 +69,7 @@ class Config:
     embed_scale: float = 1.0
     dropout: float = 0.0  # of the attention weights
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
 
 def config_from_hf(

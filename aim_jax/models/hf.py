@@ -5,6 +5,7 @@ its slice. Pickle files are never opened.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import safetensors.numpy
 
 import aim_jax
 from aim_jax import config, lora, models, parallel
+from aim_jax.models import layers
 
 ASSETS = pathlib.Path(aim_jax.__file__).parent / "assets"
 # What a model directory of the hub is read for: config, tokenizer, weights.
@@ -102,27 +104,33 @@ def load(cfg: config.Model, devices: parallel.Devices | None = None) -> Base:
     """The base model of `model.path` with float parameters in `model.dtype`.
 
     Each parameter goes straight onto its devices, split by the rules of the family (onto
-    the first device without `devices`).
+    the first device without `devices`), and becomes integers there for `model.bits`.
     Raises InputError for an unsupported architecture, missing files, pickle files, and
     for tensors that are missing, unknown, repeated or of another shape, naming them.
     """
     folder = directory(cfg.path)
     family, model = build(cfg)
     keys = family.keys(model.config)
-    shapes = flatten(abstract(model))
+    stored, kept = flatten(abstract(model)), parameters(cfg, model, keys)
     files = tensor_files(folder)
     if devices:
-        places = parallel.shardings(shapes, family.RULES, devices)
+        places = parallel.shardings(kept, family.RULES, devices)
     else:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = dict.fromkeys(shapes, first)
+        places = dict.fromkeys(kept, first)
     files = _without_copies(folder, files, set(keys.values()), family.COPIES)
-    _check(folder, files, shapes, keys, family.IGNORED)
-    dtype = jnp.dtype(cfg.dtype)
-    flat = {
-        path: _place(files, keys[path], leaf, dtype, places[path])
-        for path, leaf in shapes.items()
-    }
+    _check(folder, files, stored, keys, family.IGNORED)
+    flat = {}
+    for path, leaf in stored.items():
+        value = _place(files, keys[path], leaf, jnp.dtype(cfg.dtype), places[path])
+        parts = {"weight": path, "scale": path.removesuffix("weight") + "scale"}
+        if parts["scale"] in kept:
+            there = {name: places[part] for name, part in parts.items()}
+            quantize = functools.partial(layers.quantize, bits=cfg.bits)
+            value = jax.jit(quantize, out_shardings=there)(value)
+            flat |= {part: value[name] for name, part in parts.items()}
+        else:
+            flat[path] = value
     return Base(family, model, unflatten(flat), keys, _fingerprint(folder, files))
 
 
@@ -135,10 +143,26 @@ def build(cfg: config.Model) -> tuple[ModuleType, Any]:
     return family, family.Model(dataclasses.replace(model_config, **changes))
 
 
+def parameters(
+    cfg: config.Model, model: Any, keys: dict[str, str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and type of each parameter as it is kept on its devices."""
+    kept = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.dtype(cfg.dtype))
+        for path, x in flatten(abstract(model)).items()
+    }
+    for module in lora.dense(keys) if cfg.bits < 16 else ():
+        quantize = functools.partial(layers.quantize, bits=cfg.bits)
+        made = jax.eval_shape(quantize, kept[f"{module}/weight"])
+        kept |= {f"{module}/{name}": x for name, x in made.items()}
+    return kept
+
+
 def size(cfg: config.Model) -> int:
-    """Bytes of the base model of a `model` section."""
-    leaves = jax.tree.leaves(abstract(build(cfg)[1]))
-    return sum(x.size for x in leaves) * jnp.dtype(cfg.dtype).itemsize
+    """Bytes of the base model of a `model` section, at most: a byte for 4 bits."""
+    family, model = build(cfg)
+    kept = parameters(cfg, model, family.keys(model.config))
+    return sum(x.size * x.dtype.itemsize for x in kept.values())
 
 
 def companions(folder: pathlib.Path) -> list[pathlib.Path]:

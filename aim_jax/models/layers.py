@@ -22,6 +22,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
 }
 
+GROUP = 64  # inputs of a quantized weight that share a scale
+
+REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
 # Finite, so that a row without any visible position stays free of NaN.
 MASKED = -1e9
 
@@ -29,6 +36,7 @@ MASKED = -1e9
 class Dense(nn.Module):
     """x W^T + bias, plus (x A^T) B^T where the `lora` collection holds A (r, i), B (o, r).
 
+    W (o, i) may be `quantize`d; then `scale` lies beside `weight`.
     B comes already multiplied by the scale (`lora.bind`). An entry `rate` beside them is
     the dropout rate of the input of A (PEFT's lora_dropout).
     """
@@ -42,6 +50,9 @@ class Dense(nn.Module):
         weight = self.param(
             "weight", nn.initializers.normal(0.02), (self.features, x.shape[-1])
         )
+        if self.has_variable("params", "scale"):
+            scale = self.get_variable("params", "scale")
+            weight = dequantize(weight, scale, self.dtype)
         y = jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -54,6 +65,28 @@ class Dense(nn.Module):
             x = jnp.einsum("...i,ri->...r", x, a)
             y = y + jnp.einsum("...r,or->...o", x, b).astype(y.dtype)
         return y
+
+
+def quantize(weight: jax.Array, bits: int) -> dict[str, jax.Array]:
+    """`weight` (..., o, i) as integers of 4 or 8 bits, and float32 `scale` (..., o, i / 64).
+
+    Symmetric: 64 inputs of a row (all, if 64 does not divide them) share the scale that
+    makes the largest of them the largest integer.
+    """
+    *outer, inputs = weight.shape
+    width = GROUP if inputs % GROUP == 0 else inputs
+    grouped = weight.astype(jnp.float32).reshape(*outer, -1, width)
+    greatest = 2 ** (bits - 1) - 1
+    scale = jnp.abs(grouped).max(-1) / greatest
+    whole = jnp.round(grouped / jnp.where(scale == 0, 1, scale)[..., None])
+    kind = {4: jnp.int4, 8: jnp.int8}[bits]
+    return {"weight": whole.reshape(weight.shape).astype(kind), "scale": scale}
+
+
+def dequantize(weight: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The weight (o, i) in `dtype` that `quantize` made of one."""
+    grouped = weight.astype(dtype).reshape(*scale.shape, -1)
+    return (grouped * scale.astype(dtype)[..., None]).reshape(weight.shape)
 
 
 class Dropout(nn.Module):
@@ -180,14 +213,15 @@ def mask_bias(visible: jax.Array) -> jax.Array:
 
 
 def stack(
-    layer: type[nn.Module], count: int, shared: int, remat: bool
+    layer: type[nn.Module], count: int, shared: int, remat: str
 ) -> type[nn.Module]:
     """`layer` repeated `count` times by a scan: weights stacked on axis 0.
 
     The layer maps (x, cache slice, *shared arguments) to (x, new cache slice).
+    remat: `none`, `full`, or `dots`, which keeps the products with weights.
     """
-    if remat:
-        layer = nn.remat(layer, prevent_cse=False)
+    if remat != "none":
+        layer = nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(
         layer,
         variable_axes={"params": 0, "lora": 0},

@@ -54,7 +54,7 @@ class Config:
     start: int
     dropout: float
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:

@@ -1,0 +1,436 @@
+"""Will it fit, and how fast could it be: `python -m aim_jax.plan --config FILE --topology T`.
+
+Compiles the programs of a run ahead of time for TPUs that need not be there, from shapes
+alone. Bytes per chip are the compiler's; FLOPs are counted in the jaxpr and bytes of
+collectives in the compiled program, both times the turns of the loops around them. The
+step time is an estimate: a roofline over the published peaks of the chip. Nothing is run.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import aim_jax
+from aim_jax import config, evaluate, lora, methods, parallel, steps
+from aim_jax.models import hf
+
+Tree = Any
+PROGRAMS = ("train", "probe", "rehearse", "decode")
+
+
+class Chip(NamedTuple):
+    """Published peaks: bf16 FLOP/s, bytes/s of memory and of links, bytes of memory.
+
+    Source: cloud.google.com/tpu/docs, pages v5e, v5p and v6e, "system architecture"; the
+    rate of the links is their "interchip interconnect bandwidth per chip".
+    """
+
+    flops: float
+    memory_rate: float
+    link_rate: float
+    memory: float
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 200e9, 16e9),
+    "v5p": Chip(459e12, 2765e9, 600e9, 95e9),
+    "v6e": Chip(918e12, 1640e9, 448e9, 32e9),
+}
+
+
+class Work(NamedTuple):
+    """What the matrix products of a program take, over all devices together.
+
+    Those with weights, which all rows share, and those of activations with each other:
+    FLOPs of each, bytes of the weights, and bytes of all other operands and results.
+    """
+
+    weight_flops: float = 0
+    other_flops: float = 0
+    weight_bytes: float = 0
+    other_bytes: float = 0
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.weight_flops + self.other_flops
+
+    @property
+    def trained(self) -> float:
+        """FLOPs of a train step whose forward pass this is, nothing computed twice.
+
+        A frozen weight takes one product more, backward to its input; two activations
+        take two.
+        """
+        return 2 * self.weight_flops + 3 * self.other_flops
+
+
+class Program(NamedTuple):
+    """A compiled computation, its arguments as shapes on shardings, and what it must do.
+
+    turns: how often its loop runs that no number bounds; needed: FLOPs, None for all.
+    """
+
+    function: Callable
+    arguments: tuple
+    turns: int = 1
+    needed: float | None = None
+
+
+def plan(
+    cfg: config.Config,
+    devices: parallel.Devices,
+    chip: Chip | None,
+    length: int,
+    target: int,
+    names: Sequence[str] = PROGRAMS,
+) -> Iterator[dict[str, Any]]:
+    """One row for each program: train step, probe, rehearsal step, decoding of a batch.
+
+    length, target: tokens of a row, and of its answer, which `length` includes.
+    Raises InputError for a batch that the devices do not divide.
+    """
+    sizes = (cfg.train.micro_batch_size or cfg.train.batch_size, cfg.memory.batch_size)
+    for size in (*sizes, cfg.eval.batch_size):
+        if size % devices.count:
+            raise aim_jax.InputError(
+                f"{size} rows at once are no multiple of the {devices.count} groups of"
+                " devices that share them; set train.micro_batch_size, memory.batch_size"
+                " and eval.batch_size"
+            )
+    made = programs(cfg, devices, length, target)
+    for name in names:
+        yield {"program": name, **measured(made[name](), devices.mesh.size, chip)}
+
+
+def describe(topology: str, cfg: config.Parallel) -> tuple[Chip, parallel.Devices]:
+    """Peaks and mesh of a topology such as v5e:2x4."""
+    kind = topology.split(":")[0]
+    if kind not in CHIPS:
+        raise aim_jax.InputError(
+            f"--topology {topology}: the kinds are {', '.join(CHIPS)}, as in v5e:2x4"
+        )
+    # What a machine of that kind would be told by its metadata server.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except (RuntimeError, ValueError) as error:
+        raise aim_jax.InputError(
+            f"--topology {topology}: {error}; the TPU compiler comes with"
+            " pip install 'jax[tpu]'"
+        ) from None
+    return CHIPS[kind], parallel.open_devices(cfg, devices=found.devices)
+
+
+def programs(
+    cfg: config.Config, devices: parallel.Devices, length: int, target: int
+) -> dict[str, Callable[[], Program]]:
+    """What makes the program of each name."""
+    family, model = hf.build(cfg.model)
+    whole, keys = devices.replicated, family.keys(model.config)
+    kept = hf.parameters(cfg.model, model, keys)
+    places = parallel.shardings(kept, family.RULES, devices)
+    base = hf.unflatten({path: _on(leaf, places[path]) for path, leaf in kept.items()})
+    delta = jax.eval_shape(lambda: lora.init(jax.random.key(0), base, keys, cfg.lora))
+    state = jax.eval_shape(lambda: steps.init(delta, 1, jax.random.key(0)))
+    delta, state = (_on(tree, whole) for tree in (delta, state))
+    pure = steps.make(model, cfg, methods.Method())
+    inputs = length - target if family.KIND == "encdec" else length
+    split = NamedSharding(devices.mesh, P(None, parallel.AXIS))
+
+    def batch(micros: int, rows: int) -> Tree:
+        return _on(_batch((micros, rows), inputs, target), split)
+
+    def forward(made: Tree) -> Work:
+        """That of one of the micro-batches."""
+        return counted(jax.make_jaxpr(pure.probe)(base, state, (), made).jaxpr)
+
+    def train() -> Program:
+        rows = cfg.train.micro_batch_size or cfg.train.batch_size
+        micros = cfg.train.batch_size // rows
+        made = batch(micros, rows)
+        step = parallel.compile(pure.train, devices, batch=3, args=4)
+        return Program(
+            step, (base, state, (), made), needed=micros * forward(made).trained
+        )
+
+    def probe() -> Program:
+        step = parallel.compile(pure.probe, devices, batch=3, args=4)
+        return Program(step, (base, state, (), batch(1, cfg.memory.batch_size)))
+
+    def rehearse() -> Program:
+        made = batch(1, cfg.memory.batch_size)
+        step = parallel.compile(pure.rehearse, devices, batch=3, args=5)
+        count = _on(jax.ShapeDtypeStruct((), jnp.int32), whole)
+        arguments = (base, state, (), made, count)
+        return Program(step, arguments, needed=forward(made).trained)
+
+    def decode() -> Program:
+        prompt = _batch((cfg.eval.batch_size,), length - target, 1)
+        prompt = {name: prompt[name] for name in ("inputs", "mask")}
+        prompt = _on(prompt, NamedSharding(devices.mesh, P(parallel.AXIS)))
+        limited = dataclasses.replace(cfg.eval, max_length=target + 1)
+        cfg_ = dataclasses.replace(cfg, eval=limited)
+        step = evaluate.greedy(model, 1, cfg_)
+        return Program(step, (base, delta, prompt), turns=target)
+
+    return {"train": train, "probe": probe, "rehearse": rehearse, "decode": decode}
+
+
+def measured(program: Program, chips: int, chip: Chip | None) -> dict[str, Any]:
+    """What a program takes of a chip, and how long a call would take at its peaks.
+
+    A program that the compiler finds too large has no `collective_bytes`, hence no time.
+    """
+    function, arguments, turns, needed = program
+    work = counted(jax.make_jaxpr(function)(*arguments).jaxpr, turns)
+    needed = work.flops if needed is None else needed
+    found = {"flops": work.flops / chips, "needed_flops": needed / chips}
+    try:
+        built = function.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+        if not used:
+            raise
+        unit = {"G": 2**30, "M": 2**20}[used[2]]
+        return found | {"bytes": float(used[1]) * unit, "fits": False}
+    sizes = built.memory_analysis()
+    found["argument_bytes"] = sizes.argument_size_in_bytes
+    found["bytes"] = (
+        sizes.argument_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
+    found["collective_bytes"] = moved = collective_bytes(built.as_text(), turns)
+    if not chip:
+        return found
+    # A chip reads every weight whole, which it has gathered; of the rest, its share.
+    read = work.weight_bytes + work.other_bytes / chips
+    seconds = {
+        "compute": found["flops"] / chip.flops,
+        "memory": read / chip.memory_rate,
+        "links": moved / chip.link_rate,
+    }
+    # The three overlap wholly, or not at all.
+    spans = max(seconds.values()), sum(seconds.values())
+    return found | {
+        "fits": found["bytes"] <= chip.memory,
+        "seconds": seconds,
+        "step_seconds": spans,
+        "mfu": [found["needed_flops"] / chip.flops / t for t in spans],
+    }
+
+
+def counted(jaxpr: Any, turns: int = 1) -> Work:
+    """Work of the matrix products in a jaxpr, loops included.
+
+    A scan counts its length, a while loop `turns`, a branch the dearest of its kinds.
+    """
+    total = Work()
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            parts, times = [_product(equation)], 1
+        else:
+            times = {"scan": params.get("length"), "while": turns}.get(name, 1)
+            parts = [counted(j, turns) for j in _inner(params)]
+            if name == "cond":
+                parts = [max(parts)]
+        for part in parts:
+            total = Work(*(a + times * b for a, b in zip(total, part, strict=True)))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for x in value if isinstance(value, (tuple, list)) else [value]:
+            x = getattr(x, "jaxpr", x)
+            if hasattr(x, "eqns"):
+                yield x
+
+
+def _product(equation: Any) -> Work:
+    """A weight is an operand of two axes; every other operand has rows."""
+    (contract, _), (batch, _) = equation.params["dimension_numbers"]
+    left, right = (x.aval for x in equation.invars)
+    out = equation.outvars[0].aval
+    flops = 2 * out.size * math.prod(left.shape[i] for i in contract)
+    weights = [x for x in (left, right) if x.ndim == 2 and not batch]
+    others = [x for x in (left, right) if x not in weights]
+    weight_bytes, other_bytes = (
+        sum(x.size * x.dtype.itemsize for x in group)
+        for group in (weights, [*others, out])
+    )
+    if weights:
+        return Work(flops, 0, weight_bytes, other_bytes)
+    return Work(0, flops, 0, other_bytes)
+
+
+# Bytes that leave a chip of n for each byte of the result, in a ring.
+COLLECTIVES: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+_WIDTH = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+}
+
+
+def collective_bytes(text: str, turns: int = 1) -> float:
+    """Bytes that a chip sends in one call of a compiled program, given as HLO text.
+
+    A loop counts the turns that the compiler knows, else `turns`.
+    """
+    parts = dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+    )
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)[1]
+
+    def sent(name: str) -> float:
+        total = 0.0
+        for line in parts[name].splitlines():
+            for called, times in _calls(line, turns):
+                if called in parts:
+                    total += times * sent(called)
+            found = re.search(
+                r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line
+            )
+            if found:
+                shapes, kind, start = found.groups()
+                sizes = [
+                    _WIDTH.get(dtype, 4)
+                    * math.prod(map(int, filter(None, dims.split(","))))
+                    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+                ]
+                # Of a pair (operand, result) the result.
+                size = max(sizes) if start else sum(sizes)
+                total += size * COLLECTIVES[kind](_group(line))
+        return total
+
+    return sent(entry)
+
+
+def _calls(line: str, turns: int) -> Iterator[tuple[str, int]]:
+    """Computations that an instruction calls, and how often."""
+    times = 1
+    if " while(" in line:
+        known = re.search(r"known_trip_count\D*(\d+)", line)
+        times = int(known[1]) if known else turns
+    for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+        yield called, times
+
+
+def _group(line: str) -> int:
+    """Chips in a group of a collective: of [groups,n]<=[...], or of the first list."""
+    found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if found:
+        return int(found[1])
+    found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return found[1].count(",") + 1 if found else 2
+
+
+def _batch(rows: tuple[int, ...], length: int, target: int) -> Tree:
+    """Shapes of a batch."""
+
+    def of(size: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*rows, size), dtype)
+
+    return {
+        "inputs": of(length, jnp.int32),
+        "mask": of(length, bool),
+        "targets": of(target, jnp.int32),
+        "weights": of(target, jnp.float32),
+    }
+
+
+def _on(tree: Tree, sharding: NamedSharding) -> Tree:
+    """Shapes on a sharding."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+HEAD = """\
+| program | GB a chip | TFLOP a chip: needed | + computed anew | collectives, GB a chip \
+| bound by | estimated s | estimated MFU |
+|---|---:|---:|---:|---:|---|---:|---:|"""
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the Markdown table under HEAD."""
+    needed, flops = (row[k] / 1e12 for k in ("needed_flops", "flops"))
+    cells = [row["program"], f"{row['bytes'] / 1e9:.2f}"]
+    cells[-1] += "" if row.get("fits", True) else " (too much)"
+    cells += [f"{needed:.2f}", f"{flops - needed:.2f}"]
+    cells.append(
+        f"{row['collective_bytes'] / 1e9:.3f}" if "collective_bytes" in row else ""
+    )
+    if "seconds" in row:
+        spans = [f"{t:.3f}" for t in row["step_seconds"]]
+        mfu = [f"{m:.0%}" for m in reversed(row["mfu"])]
+        cells += [max(row["seconds"], key=row["seconds"].get)]
+        cells += ["-".join(spans), "-".join(mfu)]
+    else:
+        cells += [""] * 3
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: list[str]) -> None:
+    """Print the plan of a config, a line as soon as it is known."""
+    flag = flags.FLAGS
+    try:
+        if len(argv) > 1:
+            raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
+        cfg = config.load(flag.config or "", flag.set)
+        how = dataclasses.replace(cfg.parallel, mode="jit")
+        if flag.devices:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", flag.devices)
+            chip, devices = None, parallel.open_devices(how)
+        else:
+            chip, devices = describe(flag.topology, how)
+        rows = plan(cfg, devices, chip, flag.length, flag.target, flag.program)
+        if not flag.json:
+            print(HEAD)
+        for row in rows:
+            print(json.dumps(row) if flag.json else line(row), flush=True)
+    except aim_jax.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "Python file that assigns CONFIG.")
+    flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
+    flags.DEFINE_string("topology", "v5e:2x2", "Kind of TPU and chips a side.")
+    flags.DEFINE_integer("devices", None, "As many CPU devices, in place of TPUs.", 1)
+    flags.DEFINE_integer("length", 512, "Tokens of a row, its answer included.", 2)
+    flags.DEFINE_integer("target", 32, "Tokens of an answer.", 1)
+    flags.DEFINE_multi_enum("program", PROGRAMS, PROGRAMS, "May be repeated.")
+    flags.DEFINE_bool("json", False, "A line of JSON for each, in place of a table.")
+    app.run(main)

@@ -1,0 +1,152 @@
+"""The plan counts what a hand counts, and its command works where no TPU compiler is."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from fixtures import make_models
+
+from aim_jax import config, parallel, plan
+from aim_jax.models import hf
+
+ROOT = pathlib.Path(__file__).parents[1]
+LLAMA = make_models.FOLDER / "llama2"
+
+HLO = """HloModule step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  ROOT %sum = f32[] add(f32[] %x, f32[] %y)
+}
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %p = (s32[], bf16[8,4]) parameter(0)
+  %w = bf16[8,4]{1,0} all-gather(bf16[2,4]{1,0} %q), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%condition (p: (s32[], bf16[8,4])) -> pred[] {
+  %p = (s32[], bf16[8,4]) parameter(0)
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %a = f32[16] parameter(0)
+  %loop = (s32[], bf16[8,4]) while((s32[], bf16[8,4]) %t), condition=%condition, body=%body, KNOWN
+  ROOT %r = f32[16] all-reduce(f32[16] %a), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "known, times",
+    [('backend_config={"known_trip_count":{"n":"3"}}', 3), ("", 5)],
+)
+def test_bytes_of_collectives(known, times):
+    found = plan.collective_bytes(HLO.replace("KNOWN", known), turns=5)
+    gathered = 8 * 4 * 2 * 3 / 4
+    reduced = 16 * 4 * 2 * 1 / 2
+    assert found == times * gathered + reduced
+
+
+def test_flops_of_a_forward_pass():
+    """Twice every dense weight a token, and 4 S d a token and layer for attention."""
+    family, model = hf.build(config.Model(path=str(LLAMA)))
+    shapes = hf.flatten(hf.abstract(model))
+    rows, length, target = 2, 16, 16
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = {
+        "inputs": ids,
+        "mask": jax.ShapeDtypeStruct((rows, length), bool),
+        "targets": jax.ShapeDtypeStruct((rows, target), jnp.int32),
+    }
+    params = hf.unflatten(shapes)
+    traced = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, b))(params, batch)
+    work = plan.counted(traced.jaxpr)
+
+    data = json.loads((LLAMA / "config.json").read_text())
+    dense = sum(
+        x.size
+        for path, x in shapes.items()
+        if "norm" not in path and path != "embed/weight"
+    )
+    width = data["num_attention_heads"] * data["head_dim"]
+    attention = 4 * length * width * data["num_hidden_layers"]
+    assert work.weight_flops == 2 * dense * rows * length
+    assert work.other_flops == attention * rows * length
+    assert work.trained == 2 * work.weight_flops + 3 * work.other_flops
+
+
+def test_a_loop_counts_its_turns():
+    x = jnp.ones((4, 4))
+
+    def scanned(x):
+        return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=7)[0]
+
+    def endless(x):
+        return jax.lax.while_loop(lambda c: c.sum() < 0, lambda c: c @ x, x)
+
+    once = 2 * 4**3
+    assert plan.counted(jax.make_jaxpr(scanned)(x).jaxpr).flops == 7 * once
+    assert plan.counted(jax.make_jaxpr(endless)(x).jaxpr, 5).flops == 5 * once
+
+
+SMALL = (
+    "--config=configs/quickstart.py",
+    f"--set=model.path={LLAMA}",
+    "--set=lora.target=q_proj,v_proj",
+    "--length=16",
+    "--target=4",
+)
+
+
+def command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "aim_jax.plan", *flags], capture_output=True, text=True
+    )
+
+
+def test_command_on_cpu_devices():
+    done = command(*SMALL, "--devices=2", "--program=probe", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert row["program"] == "probe"
+    assert row["bytes"] > row["argument_bytes"] > 0
+    assert row["collective_bytes"] > 0
+    assert row["flops"] == row["needed_flops"] > 0
+
+
+@pytest.mark.parametrize("remat, more", [("none", 0), ("full", 0.5)])
+def test_what_a_train_step_needs_and_computes_anew(remat, more):
+    """Of a step of 4 N, a forward pass of 2 N runs again where layers are recomputed."""
+    cfg = config.load(
+        "configs/quickstart.py",
+        [f.removeprefix("--set=") for f in SMALL if "--set=" in f]
+        + [f"model.remat={remat}"],
+    )
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
+    made = plan.programs(cfg, devices, 16, 4)["train"]()
+    work = plan.counted(jax.make_jaxpr(made.function)(*made.arguments).jaxpr)
+    assert work.flops / made.needed - 1 == pytest.approx(more, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--topology=v9:2x2"], "--topology v9:2x2: the kinds are v5e, v5p, v6e"),
+        (["--devices=3"], "16 rows at once are no multiple of the 3 groups"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message):
+    done = command("--config=configs/quickstart.py", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_every_shape_of_the_table_is_a_model():
+    folders = [p.parent for p in ROOT.glob("configs/shapes/*/config.json")]
+    assert folders
+    for folder in folders:
+        hf.build(config.Model(path=str(folder)))
