@@ -242,7 +242,7 @@ BOUNDS = {
     **dict.fromkeys(
         ("model.dropout", "lora.dropout", "train.single_holdout"), (0, 0.99)
     ),
-    "method.smoothing": (0, 1),
+    **dict.fromkeys(("method.smoothing", "method.quantile"), (0, 1)),
     "memory.percent": (0, 100),
 }
 

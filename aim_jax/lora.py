@@ -135,6 +135,27 @@ def bind(delta: Tree, cfg: config.Lora, train: bool = False) -> Tree:
     return map_modules(module, delta)
 
 
+def units(delta: Tree) -> Tree:
+    """Zeros for the units of each module: a (..., r) of A x, b (..., out) of the output."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape[:-1], jnp.float32), delta)
+
+
+def measured(bound: Tree, magnitudes: Tree, real: Any, path: str = "") -> Tree:
+    """A `lora` collection whose modules also measure their units (`layers.measure`).
+
+    magnitudes: a tree of `units`, whose gradient is what is measured; real(path) -> (b, t):
+    1 at the tokens that a module runs over, 0 at padding.
+    """
+    if "a" in bound:
+        a, b = magnitudes["a"], magnitudes["b"]
+        here = real(path[1:])
+        here = jnp.broadcast_to(here, (*a.shape[:-1], *here.shape))
+        return {**bound, "on_a": a, "on_b": b, "real": here}
+    return {
+        k: measured(v, magnitudes[k], real, f"{path}/{k}") for k, v in bound.items()
+    }
+
+
 def fold(params: Tree, delta: Tree, cfg: config.Lora) -> Tree:
     """The base tree with scale * B A added to the weights that have a delta."""
 

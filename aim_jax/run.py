@@ -147,7 +147,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
             for number in range(len(matrix), len(job.stream)):
                 show = functools.partial(board, sum(counts[:number]))
                 place = train_task(job, number, place, seconds, bar, show, save)
-                held = extra_bytes(job, number, place.memo)
+                held = extra_bytes(job, number, place)
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = [None] * (number + 1)
                 if sizes[number]:
@@ -244,7 +244,7 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
     compiled = plain = compile_steps(base, cfg, devices, method)
-    if method.compose or method.penalty:
+    if method.compose or method.penalty or method.gradients:
         plain = compile_steps(base, cfg, devices, methods.Method())
     decode = evaluate.greedy(base.model, text.tokenizer.eos_token_id, cfg)
     kept = remember(cfg.memory, stream) if method.memory else []
@@ -367,7 +367,7 @@ def beginning(job: Job, method: methods.Method) -> Place:
     memo = methods.Memo()
     if method.start:
         memo = method.start(delta, len(job.stream))
-    state = steps.init(delta, 0, jax.random.key(0))
+    state = steps.init(delta, 0, jax.random.key(0), carried(method, delta))
     return Place(0, state, memo, delta, math.inf)
 
 
@@ -511,6 +511,11 @@ def composed(method: methods.Method, delta: Tree, memo: methods.Memo) -> Tree:
     return method.compose(delta, memo.arrays) if method.compose else delta
 
 
+def carried(method: methods.Method, delta: Tree) -> Tree:
+    """What the steps of a method carry on, before a task."""
+    return method.carry(delta) if method.carry else ()
+
+
 def train(
     job: Job,
     method: methods.Method,
@@ -532,7 +537,7 @@ def train(
     tools = _tools(job, task)
     if first == 0:
         key = jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
-        state = steps.init(state.delta, total, key)
+        state = steps.init(state.delta, total, key, carried(method, state.delta))
         if method.before_task:
             state, memo = method.before_task(tools, state, memo)
         best, best_loss = state.delta, math.inf
@@ -766,7 +771,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def extra_bytes(job: Job, number: int, memo: methods.Memo) -> int:
+def extra_bytes(job: Job, number: int, place: Place) -> int:
     """Bytes a method keeps after task `number`, beside the adapter and its optimizer.
 
     Its arrays, and the text of the rows that its memory has by then.
@@ -775,7 +780,8 @@ def extra_bytes(job: Job, number: int, memo: methods.Memo) -> int:
     text = sum(
         len(row[field].encode()) for row in rows for field in ("input", "output")
     )
-    return text + sum(x.nbytes for x in jax.tree.leaves(memo.arrays))
+    arrays = (place.memo.arrays, place.state.carry)
+    return text + sum(x.nbytes for x in jax.tree.leaves(arrays))
 
 
 def _key(cfg: config.Config, task: tasks.Task) -> tuple[int, int]:

@@ -24,7 +24,8 @@ class State(NamedTuple):
 
     delta: the adapter; adam: its moments and the count of all updates, rehearsal
     included; step: updates on the task's own batches; total: how many there will be;
-    key: raw random key (2,) of the task, for dropout.
+    key: raw random key (2,) of the task, for dropout; carry: what the method carries from
+    step to step (`methods.Method`).
     """
 
     delta: Tree
@@ -32,6 +33,7 @@ class State(NamedTuple):
     step: jax.Array
     total: jax.Array
     key: jax.Array
+    carry: Tree = ()
 
 
 class Steps(NamedTuple):
@@ -60,7 +62,7 @@ class Steps(NamedTuple):
     squares: Callable
 
 
-def init(delta: Tree, total: int, key: jax.Array) -> State:
+def init(delta: Tree, total: int, key: jax.Array, carry: Tree = ()) -> State:
     """A fresh state around `delta` for a task of `total` steps."""
     return State(
         delta,
@@ -68,6 +70,7 @@ def init(delta: Tree, total: int, key: jax.Array) -> State:
         jnp.zeros((), jnp.int32),
         jnp.asarray(total, jnp.int32),
         jax.random.key_data(key),
+        carry,
     )
 
 
@@ -89,10 +92,20 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return method.compose(delta, memo) if method.compose else delta
 
     def loss(
-        adapter: Tree, base: Tree, batch: Batch, key: jax.Array | None
+        adapter: Tree,
+        base: Tree,
+        batch: Batch,
+        key: jax.Array | None,
+        magnitudes: Tree | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Weighted sum of the token losses, and the count of target tokens."""
         bound = lora.bind(adapter, cfg.lora, train=key is not None)
+        if magnitudes is not None:
+
+            def real(path: str) -> jax.Array:
+                return model.real(path, batch).astype(jnp.float32)
+
+            bound = lora.measured(bound, magnitudes, real)
         logits = model.apply(
             {"params": base, "lora": bound},
             batch,
@@ -110,32 +123,40 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
 
     def gradients(
         base: Tree, state: State, memo: Tree, batch: Batch, axis: str | None
-    ) -> tuple[jax.Array, Tree]:
-        """Mean loss and its gradient, accumulated over micro-batches and devices."""
+    ) -> tuple[jax.Array, Tree, Tree]:
+        """Mean loss, its gradient and the magnitudes, over micro-batches and devices."""
         key = key_of(state, axis)
+        zeros = jax.tree.map(jnp.zeros_like, state.delta)
+        silent = lora.units(state.delta) if method.magnitudes else None
 
         def accumulate(carry: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
             micro, number = item
 
-            def composed(delta: Tree) -> tuple[jax.Array, jax.Array]:
+            def composed(delta: Tree, magnitudes: Tree) -> tuple[jax.Array, jax.Array]:
                 adapter = compose(delta, memo)
-                return loss(adapter, base, micro, jax.random.fold_in(key, number))
+                step_key = jax.random.fold_in(key, number)
+                return loss(adapter, base, micro, step_key, magnitudes)
 
-            (total, count), grads = jax.value_and_grad(composed, has_aux=True)(
-                state.delta
+            (total, count), grads = jax.value_and_grad(composed, (0, 1), has_aux=True)(
+                state.delta, silent
             )
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
-        zero = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, state.delta))
+        zero = (jnp.float32(0), jnp.int32(0), (zeros, silent))
         numbers = jnp.arange(batch["inputs"].shape[0])
         (total, count, grads), _ = jax.lax.scan(accumulate, zero, (batch, numbers))
         if axis:
             total, count, grads = jax.lax.psum((total, count, grads), axis)
-        count = jnp.maximum(count, 1)
-        return total / count, jax.tree.map(lambda g: g / count, grads)
+        count, (grads, magnitudes) = jnp.maximum(count, 1), grads
+        return total / count, jax.tree.map(lambda g: g / count, grads), magnitudes
 
-    def update(state: State, grads: Tree) -> tuple[State, dict[str, jax.Array]]:
+    def update(
+        state: State, grads: Tree, magnitudes: Tree, memo: Tree, rehearsal: bool
+    ) -> tuple[State, dict[str, jax.Array]]:
         """One clipped Adam update at the rate of the state's step."""
+        if method.gradients:
+            grads, carry = method.gradients(state, grads, magnitudes, memo, rehearsal)
+            state = state._replace(carry=carry)
         norm = optax.tree.norm(grads)
         # As torch clips: 1e-6 in the divisor.
         clip = jnp.minimum(1.0, cfg.train.clip_norm / (norm + 1e-6))
@@ -153,11 +174,11 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
     def train(
         base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
     ) -> tuple[State, dict[str, jax.Array]]:
-        value, grads = gradients(base, state, memo, batch, axis)
+        value, grads, magnitudes = gradients(base, state, memo, batch, axis)
         extra = {}
         if method.penalty:
             extra["penalty"], grads = _add(method.penalty, state.delta, memo, grads)
-        after, measures = update(state, grads)
+        after, measures = update(state, grads, magnitudes, memo, rehearsal=False)
         change = jax.tree.map(jnp.subtract, after.delta, state.delta)
         size = sum(x.size for x in jax.tree.leaves(change))
         moved = {
@@ -193,10 +214,11 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
             batch = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), batches
             )
-            value, grads = gradients(base, state, memo, batch, axis)
+            value, grads, magnitudes = gradients(base, state, memo, batch, axis)
             if method.rehearsal_penalty:
                 _, grads = _add(method.rehearsal_penalty, state.delta, memo, grads)
-            return update(state, grads)[0], losses.at[i].set(value)
+            state, _ = update(state, grads, magnitudes, memo, rehearsal=True)
+            return state, losses.at[i].set(value)
 
         losses = jnp.zeros(batches["inputs"].shape[0], jnp.float32)
         return jax.lax.fori_loop(0, count, body, (state, losses))

@@ -20,6 +20,7 @@ QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
 BASE = runpy.run_path(str(QUICKSTART))["CONFIG"]
 VARIANTS = {
     "olora=frobenius": ("olora", {"measure": "frobenius"}),
+    "migu=random": ("migu", {"random": True}),
 }
 
 

@@ -79,7 +79,8 @@ class Lessons:
             self.parts["job"] = run.prepare(make("aim"), self.folder)
         job, method = self.parts["job"], methods.module(name).make(cfg.method)
         made = job.plain
-        if any((method.compose, method.penalty, method.rehearsal_penalty)):
+        hooks = (method.compose, method.penalty, method.rehearsal_penalty)
+        if any((*hooks, method.gradients)):
             made = run.compile_steps(job.base, cfg, job.devices, method)
         return job._replace(cfg=cfg, method=method, steps=made)
 
@@ -435,6 +436,40 @@ def modules(delta):
     found = []
     lora.map_modules(lambda a, b: found.append((a, b)), delta)
     return found
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_migu_keeps_the_rows_of_large_outputs(random, lessons):
+    job = lessons.job("migu", quantile=0.7, random=random)
+    state = lessons.start(job).state
+    grads, sizes = random_like(state.delta, 0), lora.units(state.delta)
+    sizes = jax.tree.map(np.abs, random_like(sizes, 1))
+    tools = methods.Tools(0, 0, None, None, None, None)
+
+    def masked(number, state):
+        _, memo = job.method.before_task(
+            tools._replace(number=number), state, methods.Memo()
+        )
+        found, carry = job.method.gradients(state, grads, sizes, memo.arrays, False)
+        assert carry == ()
+        return found
+
+    same(masked(0, state), grads)  # the first task is trained as ever
+    found = masked(1, state)
+    for g, n, f in zip(*map(jax.tree.leaves, (grads, sizes, found)), strict=True):
+        for layer in np.ndindex(n.shape[:-1]):
+            kept = np.any(f[layer] != 0, -1)
+            np.testing.assert_array_equal(f[layer], g[layer] * kept[:, None])
+            # Of 8 rows, those above 0.7 of the way from rank 0 to rank 7.
+            assert kept.sum() == len(kept) - np.ceil(0.7 * (len(kept) - 1))
+            largest = kept == (n[layer] >= np.sort(n[layer])[-kept.sum()])
+            assert largest.all() == (not random)
+    later = state._replace(adam=state.adam._replace(count=state.adam.count + 1))
+    changed = [
+        np.any((x != 0) != (y != 0))
+        for x, y in zip(*map(jax.tree.leaves, (found, masked(1, later))), strict=True)
+    ]
+    assert any(changed) == random
 
 
 def test_replay_interval_rehearses_every_so_many_steps(lessons):

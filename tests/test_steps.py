@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from aim_jax import config, lora, methods, steps
 from aim_jax.data import batches, synthetic
-from aim_jax.models import hf
+from aim_jax.models import hf, layers
 
 CFG = config.resolve(
     config.Config(
@@ -173,3 +174,75 @@ def test_validation_sums_the_weighted_losses(kit, made):
     total = float(made.validate(kit.base.params, kit.delta, batch))
     count = batch["weights"].sum()
     assert total / count == pytest.approx(float(measures["loss"]), rel=1e-5)
+
+
+def test_magnitudes_are_sums_over_real_tokens(kit):
+    """|A x| and |output| of every layer, against outputs caught on their way."""
+
+    def gradients(state, grads, magnitudes, memo, rehearsal):
+        return grads, magnitudes
+
+    sizes = dataclasses.replace(kit.base.model.config, dropout=0.0)
+    model = kit.base.model.clone(config=sizes)
+    method = methods.Method(gradients=gradients, magnitudes=True)
+    train = jax.jit(steps.make(model, CFG, method).train)
+    moved = jax.tree.map(lambda x: x + 0.01, kit.delta)
+    state = steps.init(moved, 20, jax.random.key(1), lora.units(kit.delta))
+    batch = kit.batch([[0], [6, 7]])
+    after, _ = train(kit.base.params, state, (), batch)
+    caught = []
+
+    def catch(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        path = "/".join(context.module.path)
+        if path.endswith(("/q", "/v")):
+            jax.debug.callback(
+                lambda x, y: caught.append((path, x, y)), args[0], y, ordered=True
+            )
+        return y
+
+    expected = jax.tree.map(np.zeros_like, lora.units(moved))
+    bound = lora.bind(moved, CFG.lora)
+    apply = jax.jit(model.apply)
+    for number in range(2):
+        micro = {k: v[number] for k, v in batch.items()}
+        with nn.intercept_methods(catch):
+            apply({"params": kit.base.params, "lora": bound}, micro)
+        jax.effects_barrier()
+        numbers = {}
+        for path, x, y in caught:
+            layer = numbers[path] = numbers.get(path, -1) + 1
+            source = path.startswith("encoder") or path.endswith("cross/v")
+            real = micro["mask"] if source else micro["weights"] > 0
+            node, delta = expected, moved
+            for part in path.split("/"):
+                node, delta = node[part], delta[part]
+            a = np.abs(np.asarray(x) @ np.asarray(delta["a"][layer]).T)
+            node["a"][layer] += (a * real[..., None]).sum((0, 1))
+            node["b"][layer] += (np.abs(y) * real[..., None]).sum((0, 1))
+        caught.clear()
+    counts = {sizes.encoder_layers - 1, sizes.decoder_layers - 1}
+    assert len(numbers) == 6 and set(numbers.values()) == counts
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), after.carry, expected
+    )
+
+
+def test_a_layer_that_runs_over_the_last_positions_measures_those():
+    rng = np.random.default_rng(0)
+    x, a, b, w = (
+        np.float32(rng.normal(size=n)) for n in [(2, 3, 4), (2, 4), (5, 2), (5, 4)]
+    )
+    real = np.float32([[1, 0, 0, 1, 1], [1, 1, 0, 0, 1]])
+    lora_of = {"a": a, "b": b, "real": real}
+    zeros = {"on_a": np.zeros(2, np.float32), "on_b": np.zeros(5, np.float32)}
+
+    def loss(zeros):
+        variables = {"params": {"weight": w}, "lora": lora_of | zeros}
+        return jnp.sum(layers.Dense(5).apply(variables, x))
+
+    found = jax.grad(loss)(zeros)
+    h, last = x @ a.T, real[:, 2:, None]
+    np.testing.assert_allclose(found["on_a"], (abs(h) * last).sum((0, 1)), rtol=1e-5)
+    y = x @ w.T + h @ b.T
+    np.testing.assert_allclose(found["on_b"], (abs(y) * last).sum((0, 1)), rtol=1e-5)

@@ -96,6 +96,13 @@ class Method(NamedTuple):
     penalty(delta, arrays) -> scalar
         inside the compiled train step: added to the mean loss, once an optimizer step
     rehearsal_penalty(delta, arrays) -> scalar        likewise, in rehearsal steps
+    carry(delta) -> tree
+        what compiled steps carry on in `state.carry`, as it is before each task
+    gradients(state, grads, magnitudes, arrays, rehearsal) -> (grads, carry)
+        inside the compiled steps: what the optimizer gets in place of the gradients of the
+        loss, and the new `state.carry`; rehearsal: whether the step is on the memory
+    magnitudes: with sums over tokens of |A x| (..., r) as `a`, of |output| (..., out) as
+        `b`, in a tree like the delta; else they are None
     before_task(tools, state, memo) -> (state, memo)  host
     after_step(tools, state, memo, signals) -> (state, memo, record or None)
         host; a state other than the one given means that a merge took place, and `record`
@@ -115,6 +122,9 @@ class Method(NamedTuple):
     compose: Callable | None = None
     penalty: Callable | None = None
     rehearsal_penalty: Callable | None = None
+    carry: Callable | None = None
+    gradients: Callable | None = None
+    magnitudes: bool = False
     before_task: Callable | None = None
     after_step: Callable | None = None
     after_task: Callable | None = None

@@ -17,6 +17,8 @@ and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool an
     __call__(batch) -> float32 logits (b, k, v), those that predict `targets`
     prefill(batch, length) -> (float32 logits (b, v) of the first new token, cache)
     step(token (b,), cache) -> (float32 logits (b, v) of the next token, cache)
+    real(path, batch) -> bool (b, t): where the positions that the dense layer at `path`
+        runs over are tokens and not padding; the last ones, if it runs over fewer
 
 where `length` new tokens at most fit the cache. For an `encdec` family `inputs` feed the
 encoder. For a `decoder` family rows are right-aligned: `inputs` are prompt and answer

@@ -382,6 +382,10 @@ class Model(nn.Module):
         keep = batch["targets"].shape[1]
         return self._advance(batch["inputs"], _positions(mask), mask, keep)[0]
 
+    def real(self, path: str, batch: dict[str, jax.Array]) -> jax.Array:
+        """Where the positions that the module at `path` runs over are tokens (b, t)."""
+        return batch["mask"]
+
     def prefill(
         self, batch: dict[str, jax.Array], length: int
     ) -> tuple[jax.Array, Cache]:

@@ -38,7 +38,8 @@ class Dense(nn.Module):
 
     W (o, i) may be `quantize`d; then `scale` lies beside `weight`.
     B comes already multiplied by the scale (`lora.bind`). An entry `rate` beside them is
-    the dropout rate of the input of A (PEFT's lora_dropout).
+    the dropout rate of the input of A (PEFT's lora_dropout); entries `real`, `on_a` and
+    `on_b` are what `measure` takes, of which `real` may cover earlier positions too.
     """
 
     features: int
@@ -64,6 +65,10 @@ class Dense(nn.Module):
                 x = drop(x, self.get_variable("lora", "rate"), self.make_rng("dropout"))
             x = jnp.einsum("...i,ri->...r", x, a)
             y = y + jnp.einsum("...r,or->...o", x, b).astype(y.dtype)
+            if self.has_variable("lora", "real"):
+                names = ("real", "on_a", "on_b")
+                real, on_a, on_b = (self.get_variable("lora", n) for n in names)
+                y = measure(y, x, real[:, -y.shape[1] :], on_a, on_b)
         return y
 
 
@@ -87,6 +92,31 @@ def dequantize(weight: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Arr
     """The weight (o, i) in `dtype` that `quantize` made of one."""
     grouped = weight.astype(dtype).reshape(*scale.shape, -1)
     return (grouped * scale.astype(dtype)[..., None]).reshape(weight.shape)
+
+
+@jax.custom_vjp
+def measure(
+    y: jax.Array, x: jax.Array, real: jax.Array, on_a: jax.Array, on_b: jax.Array
+) -> jax.Array:
+    """y; the "gradients" of on_a and on_b are the sums over tokens of |x| and of |y|.
+
+    y (b, t, o) the output of a layer, x (b, t, r) that of its A, real (b, t) 0 at padding.
+    So they add up over micro-batches and devices as gradients do.
+    """
+    return y
+
+
+def _measure_forward(y, x, real, on_a, on_b):
+    return y, (y, x, real)
+
+
+def _measure_backward(kept, grad):
+    y, x, real = kept
+    on_a, on_b = (jnp.einsum("btu,bt->u", jnp.abs(z), real) for z in (x, y))
+    return grad, None, None, on_a, on_b
+
+
+measure.defvjp(_measure_forward, _measure_backward)
 
 
 class Dropout(nn.Module):

@@ -341,6 +341,11 @@ class Model(nn.Module):
         )
         return self.logits(x)
 
+    def real(self, path: str, batch: dict[str, jax.Array]) -> jax.Array:
+        """Where the positions that the module at `path` runs over are tokens (b, t)."""
+        source = path.startswith("encoder/") or path.endswith(("cross/k", "cross/v"))
+        return batch["mask"] if source else batch["weights"] > 0
+
     def prefill(
         self, batch: dict[str, jax.Array], length: int
     ) -> tuple[jax.Array, dict[str, Any]]:
