@@ -3,6 +3,8 @@
 import os
 import pathlib
 import sys
+import traceback
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -47,13 +49,23 @@ def main(argv: list[str]) -> None:
         failed = run_all(runs(configs, workdir))
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except preemption.Preempted:
         print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
         sys.exit(_PREEMPTED.value)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        print(
+            "error: this process failed, or has lost another one of the run, see above; the"
+            " same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        leave(1)
     if logs.leads:
         print(tables.text(tables.results_table(report.load([workdir]))))
     if failed:
@@ -76,6 +88,14 @@ def connect() -> None:
         logs.leads = jax.process_index() == 0
         if not logs.leads:
             sys.stdout = open(os.devnull, "w")
+
+
+def leave(status: int) -> NoReturn:
+    """Exit; of several processes at once, or JAX would wait for the others."""
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def runs(

@@ -7,7 +7,9 @@ state are small and whole on every device. Both give the same numbers.
 """
 
 import functools
+import json
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +28,14 @@ Rules = Sequence[tuple[str, P]]
 
 
 class Devices(NamedTuple):
-    """The mesh (data, tensor) and how steps are compiled for it."""
+    """The mesh (data, tensor) and how steps are compiled for it.
+
+    whole: every device holds the whole base.
+    """
 
     mesh: jax.sharding.Mesh
     mode: str
+    whole: bool
 
     @property
     def count(self) -> int:
@@ -49,17 +55,20 @@ def open_devices(
 ) -> Devices:
     """The mesh of all processes' devices, or of `devices`, and the mode of `cfg`.
 
-    Mode `auto` is pmap where one process has several devices and each can hold the base
-    (`base_bytes()`, which must leave as much room for all else), else jit. Raises
-    InputError where the fields of `parallel` do not fit the devices or each other.
+    Mode `auto` gives each of several devices the whole base where it can hold it
+    (`base_bytes()`, which must leave as much room for all else), by pmap in one process.
+    Elsewhere it is jit, which splits the base. Raises InputError where the fields of
+    `parallel` do not fit the devices or each other.
     """
     devices = devices or jax.devices()
     mode, count = cfg.mode, len(devices)
     apart = jax.process_count() > 1
+    whole = mode == "pmap"
     if mode == "auto":
-        several = count > 1 and cfg.tensor == 1 and not apart
-        whole = several and _fits(devices[0], base_bytes())
-        mode = "pmap" if whole else "jit"
+        several = count > 1 and cfg.tensor == 1
+        own = next(d for d in devices if d.process_index == jax.process_index())
+        whole = several and _fits(own, base_bytes())
+        mode = "pmap" if whole and not apart else "jit"
     if count % cfg.tensor:
         raise aim_jax.InputError(
             f"parallel.tensor: {cfg.tensor} does not divide the {count} devices"
@@ -70,7 +79,7 @@ def open_devices(
         raise aim_jax.InputError("parallel.mode: pmap is for one process; use jit")
     shape = (count // cfg.tensor, cfg.tensor)
     mesh = jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=devices)
-    return Devices(mesh, mode)
+    return Devices(mesh, mode, whole)
 
 
 def shardings(
@@ -125,6 +134,12 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def check_alike(decision: Any) -> None:
+    """Raise AssertionError unless all processes made the same `decision` (JSON)."""
+    number = np.uint32(zlib.crc32(json.dumps(decision, sort_keys=True).encode()))
+    multihost_utils.assert_equal(number, f"processes have parted: here {decision}")
+
+
 def meet(name: str) -> None:
     """Wait until every process is here."""
     multihost_utils.sync_global_devices(name)
@@ -144,7 +159,7 @@ def _sharding(path: str, leaf: Any, rules: Rules, devices: Devices) -> NamedShar
     # The scale of a quantized weight is split as the weight is.
     path = re.sub("/scale$", "/weight", path)
     spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), P())
-    if devices.mode == "pmap":
+    if devices.whole:
         spec = P()
     spec = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
     fitting = [

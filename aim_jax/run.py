@@ -110,6 +110,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
     SIGTERM (where `preemption.watch` was called).
     """
     claim(cfg, folder)
+    parallel.meet(f"{folder} is claimed")  # before one writes there
     done = finished(folder)
     if done:
         print(f"{folder}: this run is finished; its results are:")
@@ -576,6 +577,7 @@ def train(
         status = method.status(memo) if method.status and probing else {}
         log(logs.METRICS, {**signals._asdict(), "merged": bool(record), **status})
         if record:
+            parallel.check_alike(record)
             log(logs.MERGES, {"step": step, **record})
         moved = state is not trained or memo.arrays is not arrays
         if going_on and (moved or not cfg.parallel.speculate):
