@@ -111,6 +111,7 @@ class Parallel:
 
     mode: str = "auto"  # `auto`, `pmap` or `jit`
     tensor: int = 1  # devices that share a matrix product; the others share the rows
+    exact: bool = False  # bitwise the same result on 1, 2, 4 and 8 devices; slower
     speculate: bool = True  # send a step before the signals of the last one are read
 
 

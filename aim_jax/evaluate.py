@@ -65,8 +65,8 @@ def generate(
     for chosen, size in groups(text, [len(e.inputs) for e in examples], rows):
         preemption.check()
         batch = batches.prompts(text, [examples[i] for i in chosen], size)
-        tokens = decode(base, delta, parallel.place_rows(batch, devices))
-        for row, i in zip(parallel.whole(tokens), chosen, strict=False):
+        tokens = parallel.by_rows(decode, base, delta, batch, devices)
+        for row, i in zip(tokens, chosen, strict=False):
             ends = np.flatnonzero(row == eos)
             out[i] = row[: ends[0]] if len(ends) else row
     return [out[i] for i in range(len(examples))]

@@ -3,7 +3,8 @@
 `pmap` keeps a copy of everything on each device and splits the rows of a batch. `jit` works
 over a named mesh by sharding annotations: the axis `data` splits the rows of a batch and
 the base (FSDP), the axis `tensor` the base alone (tensor parallel). Delta and optimizer
-state are small and whole on every device. Both give the same numbers.
+state are small and whole on every device. Both give the same numbers, but for rounding;
+`exact` gives the same bits on 1, 2, 4 and 8 devices.
 """
 
 import functools
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import aim_jax
@@ -24,7 +25,20 @@ from aim_jax import config
 
 AXIS = "data"
 AXES = (AXIS, "tensor")
+SHARDS = 8  # parts of a batch in mode exact, whatever number of devices there is
 Rules = Sequence[tuple[str, P]]
+Tree = Any
+
+
+class Axis(NamedTuple):
+    """What a step knows of the devices, or shards, that share the rows of its batch.
+
+    index() -> number of this one; sum(tree) -> its sum over all; loop: as fori_loop.
+    """
+
+    index: Callable[[], Any]
+    sum: Callable[[Tree], Tree]
+    loop: Callable = jax.lax.fori_loop
 
 
 class Devices(NamedTuple):
@@ -39,13 +53,21 @@ class Devices(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Number of devices that share a batch's rows."""
-        return self.mesh.shape[AXIS]
+        """Number of parts that a batch's rows are split into."""
+        return SHARDS if self.mode == "exact" else self.mesh.shape[AXIS]
 
     @property
-    def replicated(self) -> NamedSharding:
-        """The sharding of what every device holds whole."""
+    def replicated(self) -> jax.sharding.Sharding:
+        """The sharding of what every device holds whole; in mode exact, the first."""
+        if self.mode == "exact":
+            return SingleDeviceSharding(self.owners[0])
         return NamedSharding(self.mesh, P())
+
+    @property
+    def owners(self) -> list[jax.Device]:
+        """In mode exact, the device of each shard."""
+        devices = list(self.mesh.devices.flat)
+        return [devices[i * len(devices) // SHARDS] for i in range(SHARDS)]
 
 
 def open_devices(
@@ -63,7 +85,14 @@ def open_devices(
     devices = devices or jax.devices()
     mode, count = cfg.mode, len(devices)
     apart = jax.process_count() > 1
-    whole = mode == "pmap"
+    if cfg.exact:
+        mode = "exact"
+        if cfg.tensor > 1 or apart or SHARDS % count:
+            raise aim_jax.InputError(
+                "parallel.exact: needs one process, parallel.tensor=1 and 1, 2, 4 or 8"
+                f" devices; here are {jax.process_count()}, {cfg.tensor} and {count}"
+            )
+    whole = mode in ("pmap", "exact")
     if mode == "auto":
         several = count > 1 and cfg.tensor == 1
         own = next(d for d in devices if d.process_index == jax.process_index())
@@ -96,12 +125,18 @@ def shardings(
 
 
 def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable:
-    """`step` compiled; argument number `batch` of `args` is split by rows (axis 1)."""
+    """`step` compiled; argument number `batch` of `args` is split by rows (axis 1).
+
+    One after it is the number of steps in a chunk.
+    """
+    if devices.mode == "exact":
+        return _exact(step, devices, batch, chunk=args > batch + 1)
     if devices.mode == "jit":
         # Said, so that no state comes back split and is compiled for anew.
         return jax.jit(step, out_shardings=devices.replicated)
+    axis = Axis(lambda: jax.lax.axis_index(AXIS), lambda x: jax.lax.psum(x, AXIS))
     return jax.pmap(
-        functools.partial(step, axis=AXIS),
+        functools.partial(step, axis=axis),
         axis_name=AXIS,
         in_axes=tuple(1 if i == batch else None for i in range(args)),
         out_axes=None,
@@ -113,20 +148,26 @@ def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
     """A host batch (micro-batches, rows, length) on the devices, split by rows."""
     if devices.mode == "jit":
         return _put(batch, NamedSharding(devices.mesh, P(None, AXIS)))
+    if devices.mode == "exact":
+        return _split(batch)
     return {
         k: v.reshape(v.shape[0], devices.count, -1, *v.shape[2:])
         for k, v in batch.items()
     }
 
 
-def place_rows(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
-    """A host batch (rows, length) for a jitted function, split by rows."""
-    return _put(batch, NamedSharding(devices.mesh, P(AXIS)))
-
-
-def whole(array: jax.Array) -> np.ndarray:
-    """All rows of an array that is split over the devices of all processes."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def by_rows(
+    f: Callable, base: Tree, delta: Tree, batch: dict[str, np.ndarray], devices: Devices
+) -> np.ndarray:
+    """A jitted `f(base, delta, batch)` of a host batch (rows, length), split by rows."""
+    if devices.mode == "exact":
+        made = [
+            f(*_copy((base, delta), owner), shard)
+            for owner, shard in zip(devices.owners, _split(batch), strict=True)
+        ]
+        return np.concatenate(jax.device_get(made))
+    made = f(base, delta, _put(batch, NamedSharding(devices.mesh, P(AXIS))))
+    return np.asarray(multihost_utils.process_allgather(made, tiled=True))
 
 
 def agreed(value: bool) -> bool:
@@ -143,6 +184,72 @@ def check_alike(decision: Any) -> None:
 def meet(name: str) -> None:
     """Wait until every process is here."""
     multihost_utils.sync_global_devices(name)
+
+
+def _exact(step: Callable, devices: Devices, batch: int, chunk: bool) -> Callable:
+    """`step` in programs of one device each, the same for any number of devices.
+
+    XLA compiles a program for one device and one for several in different ways, and so
+    they round differently. Here what the rows of a shard add up to is one program, run on
+    the shard's device; the rest of the step is another, run on the first device, which
+    adds the sums up in the order of the shards. What of `step` a program does not need,
+    the compiler leaves out.
+    """
+
+    def unrolled(first: int, last: int, body: Callable, carry: Tree) -> Tree:
+        for i in range(first, last):
+            carry = body(i, carry)
+        return carry
+
+    owners, count = devices.owners, (1,) if chunk else ()
+
+    @jax.jit
+    def part(number: jax.Array, *args: Tree) -> Tree:
+        sums = []
+
+        def note(tree: Tree) -> Tree:
+            sums.append(tree)
+            return tree
+
+        step(*args, *count, axis=Axis(lambda: number, note, unrolled))
+        return sums[0]
+
+    @jax.jit
+    def rest(sums: list[Tree], *args: Tree) -> Tree:
+        total = functools.reduce(lambda a, b: jax.tree.map(jax.numpy.add, a, b), sums)
+        return step(*args, *count, axis=Axis(lambda: 0, lambda _: total, unrolled))
+
+    def run(*args: Tree) -> Tree:
+        copies = {d: _copy(args[:batch], d) for d in set(owners)}
+        shards = args[batch]
+        sums = [part(i, *copies[d], shards[i]) for i, d in enumerate(owners)]
+        return rest(_copy(sums, owners[0]), *copies[owners[0]], shards[0])
+
+    def steps(base: Tree, state: Tree, memo: Tree, shards: list, number: int) -> tuple:
+        losses = []
+        for i in range(number):
+            one = [{k: v[i : i + 1] for k, v in s.items()} for s in shards]
+            state, values = run(base, state, memo, one)
+            losses.append(values[0])
+        return state, losses
+
+    return steps if chunk else run
+
+
+def _split(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The shards of a host batch (..., rows, length)."""
+    parts = {k: np.split(v, SHARDS, axis=-2) for k, v in batch.items()}
+    return [{k: v[i] for k, v in parts.items()} for i in range(SHARDS)]
+
+
+def _copy(tree: Tree, device: jax.Device) -> Tree:
+    """`tree` on one device: the copies that are there, others are made."""
+
+    def of(x: jax.Array) -> jax.Array:
+        there = [s.data for s in x.addressable_shards if s.device == device]
+        return there[0] if there else jax.device_put(x, device)
+
+    return jax.tree.map(of, tree)
 
 
 def _put(

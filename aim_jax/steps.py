@@ -2,7 +2,7 @@
 
 All are pure functions of (frozen base, state, batch). A batch carries a weight for every
 target token, so every way to average (over tokens, over micro-batches) is data. Nothing
-here knows how many devices there are but one `psum`.
+here knows how many devices there are but one `axis.sum`.
 """
 
 import math
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aim_jax import config, lora, methods
+from aim_jax import config, lora, methods, parallel
 
 Tree = Any
 Batch = dict[str, jax.Array]
+Axis = parallel.Axis | None
 
 
 class State(NamedTuple):
@@ -51,8 +52,8 @@ class Steps(NamedTuple):
         log-likelihood, a tree like the delta; no dropout
 
     memo: the arrays of the method's memo. A training or probe batch has leaves
-    (micro-batches, b, length), a chunk (steps, b, length). Every function takes `axis`, the
-    name of the device axis under pmap.
+    (micro-batches, b, length), a chunk (steps, b, length). Every function takes `axis`,
+    None where it sees all rows.
     """
 
     train: Callable
@@ -117,12 +118,12 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         weights = batch["weights"]
         return jnp.sum(losses * weights), jnp.sum(weights > 0)
 
-    def key_of(state: State, axis: str | None) -> jax.Array:
+    def key_of(state: State, axis: Axis) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.adam.count)
-        return jax.random.fold_in(key, jax.lax.axis_index(axis)) if axis else key
+        return jax.random.fold_in(key, axis.index()) if axis else key
 
     def gradients(
-        base: Tree, state: State, memo: Tree, batch: Batch, axis: str | None
+        base: Tree, state: State, memo: Tree, batch: Batch, axis: Axis
     ) -> tuple[jax.Array, Tree, Tree]:
         """Mean loss, its gradient and the magnitudes, over micro-batches and devices."""
         key = key_of(state, axis)
@@ -146,7 +147,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         numbers = jnp.arange(batch["inputs"].shape[0])
         (total, count, grads), _ = jax.lax.scan(accumulate, zero, (batch, numbers))
         if axis:
-            total, count, grads = jax.lax.psum((total, count, grads), axis)
+            total, count, grads = axis.sum((total, count, grads))
         count, (grads, magnitudes) = jnp.maximum(count, 1), grads
         return total / count, jax.tree.map(lambda g: g / count, grads), magnitudes
 
@@ -172,7 +173,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return state._replace(delta=delta, adam=adam), measures
 
     def train(
-        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
+        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: Axis = None
     ) -> tuple[State, dict[str, jax.Array]]:
         value, grads, magnitudes = gradients(base, state, memo, batch, axis)
         extra = {}
@@ -189,13 +190,13 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return after._replace(step=state.step + 1), measures
 
     def probe(
-        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
+        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: Axis = None
     ) -> jax.Array:
         micro = jax.tree.map(lambda x: x[0], batch)
         key = key_of(state, axis) if method.probe_dropout else None
         total, count = loss(compose(state.delta, memo), base, micro, key)
         if axis:
-            total, count = jax.lax.psum((total, count), axis)
+            total, count = axis.sum((total, count))
         return total / jnp.maximum(count, 1)
 
     def rehearse(
@@ -205,7 +206,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         batches: Batch,
         count: jax.Array,
         *,
-        axis: str | None = None,
+        axis: Axis = None,
     ) -> tuple[State, jax.Array]:
         def body(
             i: jax.Array, carry: tuple[State, jax.Array]
@@ -221,17 +222,18 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
             return state, losses.at[i].set(value)
 
         losses = jnp.zeros(batches["inputs"].shape[0], jnp.float32)
-        return jax.lax.fori_loop(0, count, body, (state, losses))
+        loop = axis.loop if axis else jax.lax.fori_loop
+        return loop(0, count, body, (state, losses))
 
     def validate(
-        base: Tree, adapter: Tree, batch: Batch, *, axis: str | None = None
+        base: Tree, adapter: Tree, batch: Batch, *, axis: Axis = None
     ) -> jax.Array:
         micro = jax.tree.map(lambda x: x[0], batch)
         total, _ = loss(adapter, base, micro, None)
-        return jax.lax.psum(total, axis) if axis else total
+        return axis.sum(total) if axis else total
 
     def squares(
-        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: str | None = None
+        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: Axis = None
     ) -> Tree:
         def likelihood(delta: Tree, row: Batch) -> jax.Array:
             return loss(compose(delta, memo), base, row, None)[0]
@@ -239,7 +241,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         rows = jax.tree.map(lambda x: x[0][:, None], batch)
         grads = jax.vmap(jax.grad(likelihood), (None, 0))(state.delta, rows)
         total = jax.tree.map(lambda g: jnp.sum(g**2, 0), grads)
-        return jax.lax.psum(total, axis) if axis else total
+        return axis.sum(total) if axis else total
 
     return Steps(train, probe, rehearse, validate, squares)
 

@@ -19,22 +19,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROCESS = """
 import os, pathlib, signal, sys
 import jax, numpy as np
+import aim_jax
 from aim_jax import checkpoint, config, logs, main, parallel, preemption
 
 def job(argv):
     main.connect()
     preemption.watch()
     me = jax.process_index()
+    try:
+        parallel.open_devices(config.Parallel(exact=True))
+    except aim_jax.InputError as error:
+        assert "needs one process" in str(error)
+    else:
+        raise AssertionError("not refused")
     assert logs.leads == (me == 0)
     devices = parallel.open_devices(config.Parallel())
     assert (devices.count, devices.mode, devices.whole) == (8, "jit", True)
     # Each process holds its own rows and no other; all are given back.
     rows = np.arange(48).reshape(16, 3)
-    placed = parallel.place_rows({"rows": rows}, devices)["rows"]
-    own = sorted(int(s.data[0, 0]) for s in placed.addressable_shards)
-    assert own == [24 * me + 6 * i for i in range(4)], own
-    assert np.array_equal(parallel.whole(placed * 2), rows * 2)
     batch = parallel.place({"rows": rows[None]}, devices)["rows"]
+    own = sorted(int(s.data[0, 0, 0]) for s in batch.addressable_shards)
+    assert own == [24 * me + 6 * i for i in range(4)], own
+    double = jax.jit(lambda base, delta, batch: batch["rows"] * 2)
+    found = parallel.by_rows(double, (), (), {"rows": rows}, devices)
+    assert np.array_equal(found, rows * 2)
     total = parallel.compile(lambda x: x.sum(), devices, batch=0, args=1)(batch)
     assert float(total) == rows.sum()
     assert parallel.agreed(me == 0) and not parallel.agreed(me == 1)

@@ -14,7 +14,7 @@ from aim_jax import config, parallel
 
 # Each case: (model folder, changes of config.Parallel, devices).
 SCRIPT = """
-import json, sys
+import json, sys, zlib
 import jax, numpy as np
 from aim_jax import config, lora, methods, parallel, steps
 from aim_jax.data import batches
@@ -60,6 +60,7 @@ def trained(name, changes, count):
     return {
         "values": [float(v) for v in values],
         "norms": [float(np.linalg.norm(np.float64(x))) for x in leaves],
+        "bits": zlib.crc32(b"".join(leaves)),
         "compiled": compiled,
         "bytes": sum(x.addressable_shards[0].data.nbytes
                      for x in jax.tree.leaves(base.params)),
@@ -108,6 +109,23 @@ def test_eight_devices_agree_with_one(name, what):
             assert made["bytes"] < 0.2 * one["bytes"]
 
 
+@pytest.mark.parametrize(
+    "counts, what",
+    [([1, 2], "train"), pytest.param([1, 2, 4, 8], "all", marks=pytest.mark.slow)],
+)
+def test_exact_gives_the_same_bits_on_any_number_of_devices(counts, what):
+    usual, one, *others = results(
+        [
+            ("llama2", {"mode": "jit"}, 1),
+            *(("llama2", {"exact": True}, count) for count in counts),
+        ],
+        what,
+    )
+    assert one["values"] == pytest.approx(usual["values"], rel=1e-5)
+    for count, made in zip(counts[1:], others, strict=True):
+        assert (made["bits"], made["values"]) == (one["bits"], one["values"]), count
+
+
 class Chip:
     """A device of which only its number is known."""
 
@@ -140,6 +158,8 @@ def test_mode_is_chosen_by_devices_and_memory():
     [
         (4, {"tensor": 3}, "parallel.tensor: 3 does not divide the 4 devices"),
         (4, {"mode": "pmap", "tensor": 2}, "needs parallel.mode=jit"),
+        (3, {"exact": True}, "parallel.exact: needs one process"),
+        (4, {"exact": True, "tensor": 2}, "1, 2, 4 or 8 devices; here are 1, 2 and 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(count, changes, named):
