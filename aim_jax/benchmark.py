@@ -46,9 +46,8 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
         parallel = dataclasses.replace(cfg.parallel, speculate=speculate)
         train = dataclasses.replace(cfg.train, eval_every=total + 1)
         own = dataclasses.replace(cfg, parallel=parallel, train=train)
-        place = run.train(
-            job._replace(cfg=own), watcher, task, start, lambda *a: None, print
-        )
+        nothing = [lambda *given: None] * 2
+        place = run.train(job._replace(cfg=own), watcher, task, start, *nothing)
         return place.state
 
     def device() -> Any:
