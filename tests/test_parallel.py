@@ -2,15 +2,22 @@
 
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
+import crash
+import numpy as np
 import pytest
+import safetensors.numpy
+from fixtures import make_models
 from jax import ShapeDtypeStruct as Shape
 from jax.sharding import PartitionSpec as P
 
 import aim_jax
-from aim_jax import config, parallel
+from aim_jax import config, logs, parallel
+from aim_jax.models import hf
 
 # Each case: (model folder, changes of config.Parallel, devices).
 SCRIPT = """
@@ -124,6 +131,44 @@ def test_exact_gives_the_same_bits_on_any_number_of_devices(counts, what):
     assert one["values"] == pytest.approx(usual["values"], rel=1e-5)
     for count, made in zip(counts[1:], others, strict=True):
         assert (made["bits"], made["values"]) == (one["bits"], one["values"]), count
+
+
+@pytest.mark.slow
+def test_exact_runs_end_alike_on_any_number_of_devices(tmp_path):
+    """The main job with merges on a tiny decoder that has the embedded tokenizer."""
+    tests = pathlib.Path(__file__).parent
+    model = shutil.copytree(make_models.FOLDER / "llama2", tmp_path / "model")
+    for file in hf.directory("embedded").glob("tokenizer*"):
+        shutil.copy(file, model)
+    sizes = json.loads((model / "config.json").read_text()) | {"vocab_size": 3072}
+    (model / "config.json").write_text(json.dumps(sizes))
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = np.resize(weights[name], (3072, 16))
+    safetensors.numpy.save_file(weights, model / "model.safetensors")
+    ends = {}
+    for count in (1, 2, 4, 8):
+        folder = tmp_path / str(count) / "run"
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "aim_jax.main", f"--workdir={folder}"),
+                f"--config={tests / 'crash_config.py'}",
+                *("--set=parallel.exact=true", f"--set=model.path={model}"),
+                *("--set=lora.target=q_proj,v_proj", "--set=eval.fwt=false"),
+                *("--set=data.tasks=entity,sentiment", "--set=train.epochs=1"),
+            ],
+            cwd=tests.parent,
+            env=os.environ
+            | {"JAX_NUM_CPU_DEVICES": str(count), "PYTHONPATH": str(tests)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends[count] = crash.outcome(folder)
+        del ends[count]["results.json"]["versions"]  # they say how many devices
+    assert ends[1][logs.MERGES]
+    for count in (2, 4, 8):
+        assert not crash.differences(ends[count], ends[1]), count
 
 
 class Chip:
