@@ -185,6 +185,7 @@ CHOICES = {
     "method.loss_scale": ("accumulation", "mean"),
     "method.measure": ("l1", "frobenius"),
     "method.space": ("factor", "product"),
+    "method.unit": ("matrix", "rank"),
     "method.drop_into": ("linear", "ties"),
     "model.bits": (4, 8, 16),
     "model.remat": ("none", "full", "dots"),
@@ -243,7 +244,18 @@ BOUNDS = {
     **dict.fromkeys(
         ("model.dropout", "lora.dropout", "train.single_holdout"), (0, 0.99)
     ),
-    **dict.fromkeys(("method.smoothing", "method.quantile"), (0, 1)),
+    **dict.fromkeys(
+        (
+            "method.smoothing",
+            "method.quantile",
+            "method.beta1",
+            "method.beta2",
+            "method.fresh",
+            "method.both",
+        ),
+        (0, 1),
+    ),
+    "method.temperature": (1e-6, math.inf),
     "memory.percent": (0, 100),
 }
 

@@ -368,7 +368,7 @@ def beginning(job: Job, method: methods.Method) -> Place:
     memo = methods.Memo()
     if method.start:
         memo = method.start(delta, len(job.stream))
-    state = steps.init(delta, 0, jax.random.key(0), carried(method, delta))
+    state = steps.init(delta, 0, jax.random.key(0), method)
     return Place(0, state, memo, delta, math.inf)
 
 
@@ -512,11 +512,6 @@ def composed(method: methods.Method, delta: Tree, memo: methods.Memo) -> Tree:
     return method.compose(delta, memo.arrays) if method.compose else delta
 
 
-def carried(method: methods.Method, delta: Tree) -> Tree:
-    """What the steps of a method carry on, before a task."""
-    return method.carry(delta) if method.carry else ()
-
-
 def train(
     job: Job,
     method: methods.Method,
@@ -538,7 +533,7 @@ def train(
     tools = _tools(job, task)
     if first == 0:
         key = jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
-        state = steps.init(state.delta, total, key, carried(method, state.delta))
+        state = steps.init(state.delta, total, key, method)
         if method.before_task:
             state, memo = method.before_task(tools, state, memo)
         best, best_loss = state.delta, math.inf

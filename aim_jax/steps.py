@@ -63,7 +63,12 @@ class Steps(NamedTuple):
     squares: Callable
 
 
-def init(delta: Tree, total: int, key: jax.Array, carry: Tree = ()) -> State:
+def init(
+    delta: Tree,
+    total: int,
+    key: jax.Array,
+    method: methods.Method | None = None,
+) -> State:
     """A fresh state around `delta` for a task of `total` steps."""
     return State(
         delta,
@@ -71,7 +76,7 @@ def init(delta: Tree, total: int, key: jax.Array, carry: Tree = ()) -> State:
         jnp.zeros((), jnp.int32),
         jnp.asarray(total, jnp.int32),
         jax.random.key_data(key),
-        carry,
+        method.carry(delta) if method and method.carry else (),
     )
 
 

@@ -21,6 +21,8 @@ BASE = runpy.run_path(str(QUICKSTART))["CONFIG"]
 VARIANTS = {
     "olora=frobenius": ("olora", {"measure": "frobenius"}),
     "migu=random": ("migu", {"random": True}),
+    "tasl=rank": ("tasl", {"unit": "rank"}),
+    "recurrent_kif=soft": ("recurrent_kif", {"soft": True}),
 }
 
 

@@ -22,6 +22,7 @@ SMALL = {
     "ema": {"every": 2},
     "forever": {"calibration": 1, "rehearsal": 2},
     "step_ebbinghaus": {"calibration": 1, "rehearsal": 2},
+    "recurrent_kif": {"interval": 2, "rehearsal": 2},
 }
 
 
@@ -494,6 +495,154 @@ def test_replay_interval_rehearses_every_so_many_steps(lessons):
     assert not calls
     after(4)
     assert calls == [(3, 2), (6, 2)]
+
+
+def importance(thetas, gradients, second=False):
+    """AdaLoRA's importance of every entry of one leaf after some steps, in float64."""
+    mean = spread = 0.0
+    for theta, gradient in zip(thetas, gradients, strict=True):
+        value = np.float64(theta) * np.float64(gradient)
+        value = np.abs(value - 0.5 * value**2 if second else value)
+        mean = 0.85 * mean + 0.15 * value
+        spread = 0.85 * spread + 0.15 * np.abs(value - mean)
+    return mean * spread
+
+
+def from_0_to_1(values):
+    return (values - values.min()) / (values.max() - values.min())
+
+
+def seen(method, state, thetas, gradients, rehearsal=False):
+    """The state whose carry has seen these adapters and gradients."""
+    for theta, gradient in zip(thetas, gradients, strict=True):
+        now = state._replace(delta=theta)
+        same_gradient, carry = method.gradients(now, gradient, None, None, rehearsal)
+        assert same_gradient is gradient
+        state = state._replace(carry=carry)
+    return state
+
+
+@pytest.mark.parametrize("unit", ["matrix", "rank"])
+def test_tasl_merges_by_the_importance_of_units(unit, lessons):
+    job = lessons.job("tasl", unit=unit)
+    begun = lessons.start(job)
+    memo, past, before, cases = begun.memo, None, None, set()
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        trees = [random_like(begun.state.delta, 100 * number + i) for i in range(7)]
+        # Units of a range of sizes, so that some are high.
+        trees = [
+            jax.tree.map(lambda x: x * np.float32(rng.gamma(0.5)), t) for t in trees
+        ]
+        thetas, gradients, delta = trees[:3], trees[3:6], trees[6]
+        fresh = begun.state._replace(carry=job.method.carry(delta))
+        state = seen(job.method, fresh, thetas, gradients)
+        tools = methods.Tools(number, 0, None, None, None, None)
+        state, memo = job.method.after_task(tools, state._replace(delta=delta), memo)
+
+        # (unit, leaf, place) of all units; and both leaves of a pair.
+        units, places = [], []
+        for m in range(len(modules(delta))):
+            a, b = (
+                importance(
+                    [modules(t)[m][k] for t in thetas],
+                    [modules(t)[m][k] for t in gradients],
+                    unit == "rank",
+                )
+                for k in range(2)
+            )
+            for layer in np.ndindex(a.shape[:-2]):
+                if unit == "matrix":
+                    units += [a[layer].mean(), b[layer].mean()]
+                    places += [[(m, 0, layer)], [(m, 1, layer)]]
+                    continue
+                for r in range(a.shape[-2]):
+                    units.append(np.outer(b[layer][:, r], a[layer][r]).mean())
+                    places.append(
+                        [(m, 0, (*layer, r)), (m, 1, (*layer, slice(None), r))]
+                    )
+        now = from_0_to_1(np.array(units))
+        if number == 0:
+            same(state.delta, delta)
+            past, before = now, delta
+            continue
+        for u, where in enumerate(places):
+            high = now[u] > np.quantile(now, 0.8), past[u] > np.quantile(past, 0.8)
+            share = {(1, 1): 0.3, (1, 0): 1.0, (0, 1): 0.0, (0, 0): 0.5}[high]
+            cases.add(high)
+            if unit == "rank":
+                new, old = np.exp(now[u] / 0.25), np.exp(past[u] / 0.25)
+                share = new / (new + old)
+            for m, side, place in where:
+                new, old, found = (
+                    modules(t)[m][side][place] for t in (delta, before, state.delta)
+                )
+                np.testing.assert_allclose(
+                    found, share * new + (1 - share) * old, rtol=1e-3, atol=1e-5
+                )
+        past, before = from_0_to_1(0.3 * now + 0.7 * past), state.delta
+    assert len(cases) >= 3
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_recurrent_kif_merges_by_the_importance_of_entries(soft, lessons):
+    job = lessons.job("recurrent_kif", interval=3, rehearsal=2, soft=soft)
+    begun = lessons.start(job)
+    origin = random_like(begun.state.delta, 0)
+    state, memo = job.method.before_task(None, begun.state._replace(delta=origin), None)
+    outer, asked, past, steps_of_task = random_like(origin, 1), [], [], []
+
+    def rehearse(state, memo, step, count):
+        trees = [random_like(origin, 1000 * step + i) for i in range(4)]
+        past.append(trees)
+        asked.append((step, count))
+        state = seen(job.method, state, trees[:2], trees[2:], rehearsal=True)
+        return state._replace(delta=outer), [2.0, 1.0]
+
+    def flat(tree):
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+    def score(thetas, gradients):
+        return importance([flat(t) for t in thetas], [flat(g) for g in gradients])
+
+    tools = methods.Tools(1, 4, rehearse, None, None, None)
+    for step in range(1, 7):
+        trees = [random_like(origin, 10 * step + i) for i in (2, 3, 4)]
+        inner = trees[2]
+        steps_of_task = [*steps_of_task, trees] if step % 3 != 1 else [trees]
+        state = seen(job.method, state, trees[:1], trees[1:2])._replace(delta=inner)
+        signals = methods.Signals(step, 6, 0.0, 0.0, 0.0, 0.0, None)
+        now, memo, record = job.method.after_step(tools, state, memo, signals)
+        if step % 3:
+            assert now is state and record is None
+            continue
+        ours = score([t[0] for t in steps_of_task], [t[1] for t in steps_of_task])
+        # The memory's importance goes on through the task.
+        theirs = score(
+            [t for trees in past for t in trees[:2]],
+            [t for trees in past for t in trees[2:]],
+        )
+        if soft:
+            new, old = (np.exp(from_0_to_1(x) / 0.25) for x in (ours, theirs))
+            share = new / (new + old)
+        else:
+            high = [x > np.quantile(x, 0.8) for x in (ours, theirs)]
+            share = np.select(
+                [high[0] & high[1], high[0], high[1]], [0.4, 1.0, 0.0], 0.5
+            )
+        start, middle, end = map(flat, (origin, inner, outer))
+        expected = start + share * (middle - start) + (1 - share) * (end - middle)
+        # An entry at the quantile may fall on either side of it.
+        off = ~np.isclose(flat(now.delta), expected, rtol=1e-3, atol=1e-4)
+        assert off.sum() <= 2
+        assert record["weights"][0] == pytest.approx(share.mean(), abs=1e-3)
+        state = now
+        origin = now.delta
+        same(memo.arrays["origin"], now.delta)
+        assert not any(x.any() for x in jax.tree.leaves(now.carry["task"]))
+    assert asked == [(3, 2), (6, 2)]
+    nothing = tools._replace(remembered=0)
+    assert job.method.after_step(nothing, state, memo, signals)[0] is state
 
 
 @pytest.mark.parametrize("name", ["forever", "step_ebbinghaus"])

@@ -184,10 +184,10 @@ def test_magnitudes_are_sums_over_real_tokens(kit):
 
     sizes = dataclasses.replace(kit.base.model.config, dropout=0.0)
     model = kit.base.model.clone(config=sizes)
-    method = methods.Method(gradients=gradients, magnitudes=True)
+    method = methods.Method(carry=lora.units, gradients=gradients, magnitudes=True)
     train = jax.jit(steps.make(model, CFG, method).train)
     moved = jax.tree.map(lambda x: x + 0.01, kit.delta)
-    state = steps.init(moved, 20, jax.random.key(1), lora.units(kit.delta))
+    state = steps.init(moved, 20, jax.random.key(1), method)
     batch = kit.batch([[0], [6, 7]])
     after, _ = train(kit.base.params, state, (), batch)
     caught = []
