@@ -61,6 +61,15 @@ class Memory:
     rule: str | None = None  # `release` or `exact`
     replay: str | None = None  # run whose memory is used, in place of percent and rule
     batch_size: int = 32
+    source: str = "train"  # `model`: written by it from those rows (`data.synthesis`)
+    rows: int = 200  # source=model: kept of each task
+    clusters: int = 20  # which they are picked from
+    prompts: int | None = None  # pairs of rows to show, drawn by lot; None: all
+    samples: int = 3  # written for each pair
+    max_tokens: int = 512  # of a sample
+    temperature: float = 0.9
+    top_p: float = 0.6
+    repetition: float = 1.2  # penalty of tokens that were said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +186,7 @@ PRESETS = {
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "memory.rule": ("release", "exact"),
+    "memory.source": ("train", "model"),
     "train.average": ("micro_batch", "token"),
     "train.select": ("best", "last"),
     "method.preset": tuple(PRESETS),
@@ -203,6 +213,11 @@ BOUNDS = {
             "data.max_target",
             "data.max_test_input",
             "memory.batch_size",
+            "memory.rows",
+            "memory.clusters",
+            "memory.prompts",
+            "memory.samples",
+            "memory.max_tokens",
             "train.batch_size",
             "train.micro_batch_size",
             "train.eval_every",
@@ -255,7 +270,11 @@ BOUNDS = {
         ),
         (0, 1),
     ),
-    "method.temperature": (1e-6, math.inf),
+    **dict.fromkeys(
+        ("method.temperature", "memory.temperature", "memory.repetition"),
+        (1e-6, math.inf),
+    ),
+    "memory.top_p": (0, 1),
     "memory.percent": (0, 100),
 }
 

@@ -70,8 +70,8 @@ class Run:
         """What a run is judged by: scores in [0, 1], minutes and the rest of its cost.
 
         tokens_per_second: of the tasks' own batches, over all the time spent in training.
-        token_passes: tokens trained on, each probed one as half: without weight gradients
-        of the base a training step computes twice what a forward pass does.
+        token_passes: tokens trained on, each probed or written one as half: without weight
+        gradients of the base a training step computes twice what a forward pass does.
         """
         seconds, work = (self.results.get(k) or {} for k in ("seconds", "work"))
         trained = work.get("train_tokens")
@@ -85,10 +85,11 @@ class Run:
         if trained and seconds.get("train"):
             figures["tokens_per_second"] = trained / seconds["train"]
         if trained:
-            probed, *others = (
-                work.get(f"{k}_tokens", 0) for k in ("probe", "rehearsal", "fisher")
+            probed, written, *others = (
+                work.get(f"{k}_tokens", 0)
+                for k in ("probe", "synthesis", "rehearsal", "fisher")
             )
-            figures["token_passes"] = trained + sum(others) + probed / 2
+            figures["token_passes"] = trained + sum(others) + (probed + written) / 2
         return figures
 
     @property

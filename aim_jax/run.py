@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from aim_jax import (
     report,
     steps,
 )
-from aim_jax.data import batches, memory, tasks
+from aim_jax.data import batches, memory, synthesis, tasks
 from aim_jax.models import hf
 
 Tree = Any
@@ -53,11 +54,12 @@ class Job(NamedTuple):
     held_out: tasks that are scored before and after the stream.
     start: the adapter `lora.path`, None for a new one.
     steps: with the method's part in them; plain: without, for single-task runs.
-    memory: rows kept of each task of the stream, none for a method without memory.
+    memory: rows kept of each task of the stream, none for a method without memory; of
+    those that the model writes, as far as the run has come.
     usage: `tasks.usage` by task.
     work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes`,
-    `fisher_rows` and the tokens of each (`train_tokens`, ...), padding not counted; and
-    `extra_bytes`.
+    `fisher_rows` and the tokens of each (`train_tokens`, ...), padding not counted;
+    `synthesis_tokens`, read and written for the memory; and `extra_bytes`.
     """
 
     cfg: config.Config
@@ -71,6 +73,7 @@ class Job(NamedTuple):
     steps: steps.Steps
     plain: steps.Steps
     decode: Callable
+    sample: Callable
     method: methods.Method
     memory: list[list[batches.Row]]
     usage: dict[str, dict[str, int]]
@@ -119,8 +122,6 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
         return done
     began = time.perf_counter()
     job = prepare(cfg, folder)
-    sizes = [len(train_rows(job, n)) for n in range(len(job.stream))]
-    counts = [batches.total_steps(size, cfg.train) for size in sizes]
     inputs = fingerprints(job)
     with (
         logs.alone(folder),
@@ -128,6 +129,10 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
     ):
         place, facts = restore(job, job.method, inputs, checkpointer)
         matrix, seconds = facts["matrix"], facts["seconds"]
+        if writes(job):
+            written = job.stream[:-1][: len(matrix)]
+            job.memory.extend(tasks.remembered(folder, t.name) for t in written)
+        counts = [total_steps(job, n) for n in range(len(job.stream))]
         before = seconds["total"]
         passed = sum(counts[: len(matrix)]) + place.step
 
@@ -146,16 +151,20 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
             logs.board(folder / "tensorboard", cfg.logs.tensorboard, passed) as board,
         ):
             for number in range(len(matrix), len(job.stream)):
+                # What was written since may have made it longer.
+                counts[number] = total_steps(job, number)
                 show = functools.partial(board, sum(counts[:number]))
                 place = train_task(job, number, place, seconds, bar, show, save)
                 held = extra_bytes(job, number, place)
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = [None] * (number + 1)
-                if sizes[number]:
+                if train_rows(job, number):
                     scores = evaluate_task(job, number, place, seconds)
                     learnt = (task.name for task in job.stream[: number + 1])
                     named = dict(zip(learnt, scores, strict=True))
                     show("score", counts[number], named)
+                if writes(job) and number + 1 < len(job.stream):
+                    job.memory.append(synthesise(job, number, place, seconds))
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
@@ -247,7 +256,9 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     compiled = plain = compile_steps(base, cfg, devices, method)
     if method.compose or method.penalty or method.gradients:
         plain = compile_steps(base, cfg, devices, methods.Method())
-    decode = evaluate.greedy(base.model, text.tokenizer.eos_token_id, cfg)
+    eos = text.tokenizer.eos_token_id
+    decode = evaluate.greedy(base.model, eos, cfg)
+    sample = evaluate.sampled(base.model, base.family.KIND, eos, cfg)
     kept = remember(cfg.memory, stream) if method.memory else []
     logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
     for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
@@ -264,6 +275,7 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         compiled,
         plain,
         decode,
+        sample,
         method,
         kept,
         usage,
@@ -289,7 +301,12 @@ def compile_steps(
 
 
 def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.Row]]:
-    """The rows that the memory keeps of each task: its rule's, or another run's."""
+    """The rows that the memory keeps of each task: its rule's, or another run's.
+
+    None yet of those that are to be written (`synthesise`).
+    """
+    if cfg.source == "model" and not cfg.replay:
+        return []
     if cfg.replay:
         # The last task is rehearsed by none.
         return [tasks.remembered(cfg.replay, task.name) for task in stream[:-1]]
@@ -461,6 +478,11 @@ def train_rows(job: Job, number: int) -> list[batches.Row]:
     return job.method.rows(stream, number, memory.fill(job.memory[:number]))
 
 
+def total_steps(job: Job, number: int) -> int:
+    """Optimizer steps on task `number`; the memory up to it must be there."""
+    return batches.total_steps(len(train_rows(job, number)), job.cfg.train)
+
+
 def train_task(
     job: Job,
     number: int,
@@ -609,15 +631,7 @@ def evaluate_task(
 def predict(job: Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
     """A row of text, label, prediction and score for every test row of a task."""
     examples = batches.encode(job.text, task.test, truncate=False)
-    tokens = evaluate.generate(
-        job.decode,
-        job.base.params,
-        delta,
-        job.text,
-        examples,
-        job.cfg.eval.batch_size,
-        job.devices,
-    )
+    made = evaluate.texts(job.text.tokenizer, decoded(job, job.decode, delta, examples))
     return [
         {
             "id": row["id"],
@@ -626,10 +640,77 @@ def predict(job: Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
             "prediction": text,
             "score": metrics.score_row(task.metric, text, row["output"], task.remap),
         }
-        for row, text in zip(
-            task.test, evaluate.texts(job.text.tokenizer, tokens), strict=True
-        )
+        for row, text in zip(task.test, made, strict=True)
     ]
+
+
+def decoded(
+    job: Job, decode: Callable, delta: Tree, examples: list[batches.Example]
+) -> list[np.ndarray]:
+    """Token ids that the model gives for each example."""
+    rows = job.cfg.eval.batch_size
+    return evaluate.generate(
+        decode, job.base.params, delta, job.text, examples, rows, job.devices
+    )
+
+
+def writes(job: Job) -> bool:
+    """Whether the model writes the rows of the memory."""
+    cfg = job.cfg.memory
+    return job.method.memory and cfg.source == "model" and not cfg.replay
+
+
+def synthesise(
+    job: Job, number: int, place: Place, seconds: dict[str, float]
+) -> list[batches.Row]:
+    """The rows that the model writes after task `number` for the memory; they are saved."""
+    began = time.perf_counter()
+    cfg, task, params = job.cfg, job.stream[number], job.base.params
+    key, base_alone = _key(cfg, task), jax.tree.map(np.zeros_like, place.state.delta)
+    seed = jax.random.fold_in(jax.random.key(key[0]), key[1])
+    keys = (jax.random.fold_in(seed, batch) for batch in itertools.count())
+
+    def encoded(inputs: Sequence[str]) -> list[batches.Example]:
+        rows = [{"id": "", "input": text, "output": ""} for text in inputs]
+        return batches.encode(job.text, rows, truncate=False)
+
+    def texts(decode: Callable, delta: Tree, inputs: Sequence[str]) -> list[str]:
+        examples = encoded(inputs)
+        tokens = decoded(job, decode, delta, examples)
+        count = sum(
+            len(e.inputs) + len(t) for e, t in zip(examples, tokens, strict=True)
+        )
+        job.work.update(synthesis_tokens=count)
+        return evaluate.texts(job.text.tokenizer, tokens)
+
+    def sample(base: Tree, delta: Tree, batch: Tree) -> jax.Array:
+        return job.sample(base, delta, batch, next(keys))
+
+    earlier = [t.train for t in job.stream[: number + 1]]
+    vocabulary = job.text.tokenizer.get_vocab()
+    rows = synthesis.write(
+        task.name,
+        memory.sample(earlier, cfg.memory.percent, cfg.memory.rule)[-1],
+        cfg.memory,
+        key,
+        gaps=job.base.family.KIND == "encdec"
+        and set(synthesis.GAPS) <= set(vocabulary),
+        sample=functools.partial(texts, sample, base_alone),
+        fits=lambda inputs: [
+            len(e.inputs) <= cfg.data.max_input for e in encoded(inputs)
+        ],
+        embed=lambda inputs: evaluate.embed(
+            hf.flatten(params)[job.base.family.EMBEDDING],
+            job.text,
+            encoded(inputs),
+            cfg.eval.batch_size,
+            job.devices,
+        ),
+        answer=functools.partial(texts, job.decode, adapter(job, place, number)),
+    )
+    logs.write_rows(job.folder / "memory" / f"{_numbered(job, number)}.jsonl", rows)
+    seconds["train"] += time.perf_counter() - began
+    return rows
 
 
 def held_out_scores(

@@ -30,8 +30,8 @@ LEGEND = (
 COSTS = (
     "Means over seeds. Probes: losses on a memory batch. Extra memory: what a method keeps"
     " beside the adapter and its optimizer (arrays, and the text of remembered rows). Extra"
-    " FLOPs: by tokens without padding, a probed one as half a trained one, beyond what"
-    " the cheapest run on the same stream trains on."
+    " FLOPs: by tokens without padding, one probed, or read or written to make rows of the"
+    " memory, as half a trained one, beyond what the cheapest run on the same stream trains on."
 )
 HELD_OUT = (
     "Tasks that no run trains on: what the stream did to the rest of the model. Before: the"

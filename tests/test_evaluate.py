@@ -1,5 +1,8 @@
-"""Greedy decoding: the same tokens in any batch, and those of teacher forcing."""
+"""Decoding: the same tokens in any batch, and those of teacher forcing; sampling."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +56,58 @@ def test_tokens_are_the_most_likely_ones(setup):
             },
         )
         np.testing.assert_array_equal(logits[0].argmax(-1), whole)
+
+
+def test_a_nucleus_is_the_fewest_tokens_that_reach_top_p():
+    cfg = config.Memory(temperature=0.7, top_p=0.6, repetition=1.5)
+    rng = np.random.default_rng(0)
+    logits, seen = rng.normal(size=(20, 50)) * 3, rng.random((20, 50)) < 0.3
+    found = evaluate.nucleus(jnp.float32(logits), seen, cfg)
+    counts = set()
+    for row, said, left in zip(logits, seen, found, strict=True):
+        row = [x / 1.5 if x > 0 else x * 1.5 for x in row] * said + row * ~said
+        chances = np.exp(row / 0.7) / np.exp(row / 0.7).sum()
+        order = np.argsort(-chances)
+        count = 1 + np.argmax(np.cumsum(chances[order]) >= 0.6)
+        counts.add(count)
+        kept = np.sort(order[:count])
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(left)), kept)
+        np.testing.assert_allclose(left[kept], row[kept] / 0.7, rtol=1e-5)
+    assert len(counts) > 2
+
+
+@pytest.mark.parametrize("kind", ["encdec", "decoder"])
+def test_a_cold_sample_is_greedy_and_a_penalty_forbids_what_was_said(kind, setup):
+    base, text, examples, decode = setup
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
+    memory = config.Memory(temperature=1e-6, repetition=1e9, max_tokens=6)
+    cfg = config.resolve(dataclasses.replace(config.Config(), memory=memory))
+    eos = text.tokenizer.eos_token_id
+    sample = evaluate.sampled(base.model, kind, eos, cfg)
+
+    def keyed(*args):
+        return sample(*args, jax.random.key(0))
+
+    greedy, made = (
+        evaluate.generate(f, base.params, {}, text, examples[:8], 8, devices)
+        for f in (decode, keyed)
+    )
+    for example, one, other in zip(examples, greedy, made, strict=False):
+        said = set(example.inputs.tolist()) if kind == "decoder" else set()
+        assert len(set(other.tolist()) | said) == len(other) + len(said)
+        if kind == "encdec":
+            np.testing.assert_array_equal(one[:1], other[:1])
+    assert any(len(row) > 1 for row in made)
+
+
+def test_an_embedding_is_the_mean_over_tokens(setup):
+    base, text, examples, _ = setup
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
+    table = hf.flatten(base.params)[base.family.EMBEDDING]
+    found = evaluate.embed(table, text, examples, 7, devices)
+    for example, row in zip(examples, found, strict=True):
+        expected = np.asarray(table)[example.inputs].mean(0)
+        np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
 def test_texts_leave_padding_out(setup):

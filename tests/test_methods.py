@@ -160,13 +160,17 @@ def test_contract(name, lessons):
 class Runs:
     """Runs of one config that share what is compiled."""
 
-    def __init__(self, folder, name, **options):
-        self.cfg, self.folder = make(name, **options), folder
+    def __init__(self, folder, name, **memory):
+        cfg = make(name)
+        memory = dataclasses.replace(cfg.memory, **memory)
+        self.cfg, self.folder = dataclasses.replace(cfg, memory=memory), folder
         self.job = run.prepare(self.cfg, folder / "unused")
 
     def job_in(self, cfg, folder):
         logs.write(folder / "config.json", json.dumps(config.to_json(cfg)))
-        return self.job._replace(folder=folder, work=collections.Counter())
+        return self.job._replace(
+            folder=folder, memory=list(self.job.memory), work=collections.Counter()
+        )
 
     def __call__(self, name, monkeypatch):
         monkeypatch.setattr(run, "prepare", self.job_in)
@@ -209,6 +213,39 @@ def test_a_whole_run(name, tmp_path, monkeypatch):
             np.testing.assert_array_equal(value, made[task][path])
     for step in runs.job.steps:
         assert step._cache_size() <= 1
+
+
+def test_a_memory_that_the_model_writes(tmp_path, monkeypatch):
+    """It is there from the second task on, and a stopped run comes back to it."""
+    runs = Runs(tmp_path, "replay", source="model", samples=1, max_tokens=24)
+    results, whole = runs("whole", monkeypatch)
+    (file,) = (whole / "memory").iterdir()
+    assert file.name == f"00-{TASKS[0]}.jsonl"
+    written = rows(whole, f"memory/{file.name}")
+    first, second = runs.job.stream
+    head = first.train[0]["input"].partition("Text:")[0]
+    assert written and all(row["input"].startswith(head) for row in written)
+    assert not {row["input"] for row in written} & {r["input"] for r in first.train}
+    # Two epochs in batches of four, over the task and what was written.
+    steps = [r for r in rows(whole, logs.METRICS) if "loss" in r and r["task"] == 1]
+    assert len(steps) == 2 * -(-(len(second.train) + len(written)) // 4)
+    assert results["work"]["synthesis_tokens"] > 0
+    real, seen = run._read, []
+
+    def interrupted(step, *args):
+        seen.append(step)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return real(step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runs("stopped", patch)
+    again, stopped = runs("stopped", monkeypatch)
+    assert again["matrix"] == results["matrix"] and again["work"] == results["work"]
+    assert rows(stopped, f"memory/{file.name}") == written
+    assert rows(stopped, logs.METRICS) == rows(whole, logs.METRICS)
 
 
 def test_replay_trains_on_the_task_and_the_memory_together(lessons):

@@ -6,6 +6,7 @@ A family is a module of this folder with
     Config                frozen dataclass; config_from_hf(dict) -> Config
     Model(config)         Linen module, see below
     keys(config) -> dict  path of each parameter -> Hugging Face name, `{}` = layer number
+    EMBEDDING             path of the token embeddings (v, i)
     COPIES                names that a checkpoint may repeat -> the name they are a copy of
     IGNORED               regular expressions of names that no one needs
     RULES                 (pattern of a path, spec over the axes `data` and `tensor`), how

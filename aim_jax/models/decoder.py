@@ -20,6 +20,7 @@ import aim_jax
 from aim_jax.models import layers
 
 KIND = "decoder"
+EMBEDDING = "embed/weight"
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 # How FSDP (`data`) and tensor parallelism split the weights (out, in): a layer's first
 # products by output, its last ones by input, so that only their sums cross devices.

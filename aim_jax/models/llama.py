@@ -8,6 +8,7 @@ from typing import Any
 from aim_jax.models import decoder
 
 KIND = decoder.KIND
+EMBEDDING = decoder.EMBEDDING
 COPIES = decoder.COPIES
 IGNORED = decoder.IGNORED
 RULES = decoder.RULES

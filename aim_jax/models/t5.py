@@ -18,6 +18,7 @@ import aim_jax
 from aim_jax.models import layers
 
 KIND = "encdec"
+EMBEDDING = "shared/weight"
 COPIES = {
     "encoder.embed_tokens.weight": "shared.weight",
     "decoder.embed_tokens.weight": "shared.weight",
