@@ -21,13 +21,6 @@ class Options(methods.Options):
     scale: float | None = None  # of the merge; None: as `fusion.Rule`
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """tasks: how many adapters are kept."""
-
-    tasks: int = 0
-
-
 def make(options: Options) -> methods.Method:
     """The hooks of the method whose rule is named as it is.
 
@@ -46,18 +39,18 @@ def make(options: Options) -> methods.Method:
         arrays = {"origin": delta, "kept": kept}
         if rule.name == "fisher":
             arrays["fishers"] = kept
-        return methods.Memo(arrays, Kept())
+        return methods.Memo(arrays)
 
     def before_task(tools, state, memo):
         return state._replace(delta=memo.arrays["origin"]), memo
 
     def after_task(tools, state, memo):
-        number, origin = memo.host.tasks, memo.arrays["origin"]
+        number, origin = tools.number, memo.arrays["origin"]
         new = {"kept": state.delta}
         if rule.name == "fisher":
             new["fishers"] = tools.fisher(state, memo, options.fisher_rows)
         kept = {k: lora.put(memo.arrays[k], number, tree) for k, tree in new.items()}
-        memo = methods.Memo(memo.arrays | kept, Kept(number + 1))
+        memo = memo._replace(arrays=memo.arrays | kept)
         if number == 0:
             return state, memo
         found = {

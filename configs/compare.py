@@ -23,6 +23,10 @@ VARIANTS = {
     "migu=random": ("migu", {"random": True}),
     "tasl=rank": ("tasl", {"unit": "rank"}),
     "recurrent_kif=soft": ("recurrent_kif", {"soft": True}),
+} | {
+    f"{name}=product": (name, {"space": "product"})
+    for name in methods.names()
+    if hasattr(methods.module(name).Options, "space")
 }
 
 
@@ -32,6 +36,9 @@ def of(name, **options):
     return dataclasses.replace(BASE, method=method)
 
 
-CONFIGS = {name: of(name) for name in methods.names()} | {
-    label: of(name, **options) for label, (name, options) in VARIANTS.items()
-}
+SSR = dataclasses.replace(BASE.memory, source="model", prompts=100, max_tokens=64)
+CONFIGS = (
+    {name: of(name) for name in methods.names()}
+    | {label: of(name, **options) for label, (name, options) in VARIANTS.items()}
+    | {"replay=ssr": dataclasses.replace(of("replay"), memory=SSR)}
+)

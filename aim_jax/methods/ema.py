@@ -27,10 +27,7 @@ def make(options: Options) -> methods.Method:
     fusion.check(rule)
 
     def start(delta, tasks):
-        return methods.Memo({"average": delta, "tuned": delta})
-
-    def before_task(tools, state, memo):
-        return state._replace(delta=memo.arrays["tuned"]), memo
+        return methods.Memo({"average": delta})
 
     def after_step(tools, state, memo, signals):
         if signals.step % options.every:
@@ -40,15 +37,9 @@ def make(options: Options) -> methods.Method:
             average = fusion.ema(average, state.delta, options.decay)
         else:
             average = fusion.merge([average, state.delta], rule)
-        return state, memo._replace(arrays=memo.arrays | {"average": average}), None
+        return state, memo._replace(arrays={"average": average}), None
 
-    def after_task(tools, state, memo):
-        arrays = memo.arrays | {"tuned": state.delta}
-        return state._replace(delta=arrays["average"]), memo._replace(arrays=arrays)
+    def adapter(delta, memo, number):
+        return memo.arrays["average"]
 
-    return methods.Method(
-        start=start,
-        before_task=before_task,
-        after_step=after_step,
-        after_task=after_task,
-    )
+    return methods.Method(start=start, after_step=after_step, adapter=adapter)

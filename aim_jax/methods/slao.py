@@ -22,34 +22,29 @@ class Options(methods.Options):
     space: str = "factor"  # or `product`
 
 
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """tasks: how many were merged."""
-
-    tasks: int = 0
-
-
 def make(options: Options) -> methods.Method:
     """The hooks of SLAO."""
 
     def start(delta, tasks):
-        return methods.Memo({"tuned": delta, "merged": delta}, Count())
+        return methods.Memo({"merged": delta})
 
     def before_task(tools, state, memo):
-        tuned = memo.arrays["tuned"]
-        if memo.host.tasks:
-            tuned = fusion.orthonormal(tuned)
-        return state._replace(delta=tuned), memo
+        if not tools.number:
+            return state, memo
+        return state._replace(delta=fusion.orthonormal(state.delta)), memo
 
     def after_task(tools, state, memo):
-        number, tuned = memo.host.tasks + 1, state.delta
-        merged = memo.arrays["merged"]
+        number, merged = tools.number + 1, memo.arrays["merged"]
         if options.space == "factor" or number == 1:
-            merged = fusion.slao(merged, tuned, number)
+            merged = fusion.slao(merged, state.delta, number)
         else:
             rule, rate = fusion.Rule("linear", options.space), number**-0.5
-            merged = fusion.merge([merged, tuned], rule, (1 - rate, rate))
-        memo = methods.Memo({"tuned": tuned, "merged": merged}, Count(number))
-        return state._replace(delta=merged), memo
+            merged = fusion.merge([merged, state.delta], rule, (1 - rate, rate))
+        return state, memo._replace(arrays={"merged": merged})
 
-    return methods.Method(start=start, before_task=before_task, after_task=after_task)
+    def adapter(delta, memo, number):
+        return memo.arrays["merged"]
+
+    return methods.Method(
+        start=start, before_task=before_task, after_task=after_task, adapter=adapter
+    )
