@@ -666,7 +666,8 @@ def synthesise(
     """The rows that the model writes after task `number` for the memory; they are saved."""
     began = time.perf_counter()
     cfg, task, params = job.cfg, job.stream[number], job.base.params
-    key, base_alone = _key(cfg, task), jax.tree.map(np.zeros_like, place.state.delta)
+    key = _key(cfg, task)
+    base_alone = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), place.state.delta)
     seed = jax.random.fold_in(jax.random.key(key[0]), key[1])
     keys = (jax.random.fold_in(seed, batch) for batch in itertools.count())
 
