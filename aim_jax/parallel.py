@@ -245,8 +245,9 @@ def _split(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 def _copy(tree: Tree, device: jax.Device) -> Tree:
     """`tree` on one device: the copies that are there, others are made."""
 
-    def of(x: jax.Array) -> jax.Array:
-        there = [s.data for s in x.addressable_shards if s.device == device]
+    def of(x: jax.Array | np.ndarray) -> jax.Array:
+        shards = getattr(x, "addressable_shards", ())
+        there = [s.data for s in shards if s.device == device]
         return there[0] if there else jax.device_put(x, device)
 
     return jax.tree.map(of, tree)

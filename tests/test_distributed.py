@@ -146,7 +146,8 @@ def test_two_processes_stopped_and_resumed_give_the_result_of_one(tmp_path):
     _, errors = first.communicate()
     assert first.returncode not in (0, None)
     assert time.time() - killed < 60  # of which 30 are the heartbeat's
-    assert "closed by peer" in errors or "another task died" in errors, errors
+    # Of this program, unless JAX misses the heartbeat first.
+    assert "the same command goes on" in errors or "another task died" in errors
     processes = start(two)
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:
