@@ -125,7 +125,7 @@ def shardings(
 
 
 def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable:
-    """`step` compiled; argument number `batch` of `args` is split by rows (axis 1).
+    """`step` compiled; argument number `batch` of `args` is split by rows.
 
     One after it is the number of steps in a chunk.
     """
@@ -138,20 +138,22 @@ def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable
     return jax.pmap(
         functools.partial(step, axis=axis),
         axis_name=AXIS,
-        in_axes=tuple(1 if i == batch else None for i in range(args)),
+        in_axes=tuple(0 if i == batch else None for i in range(args)),
         out_axes=None,
         devices=list(devices.mesh.devices.flat),
     )
 
 
 def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
-    """A host batch (micro-batches, rows, length) on the devices, split by rows."""
+    """A host batch (..., rows, length) on the devices, split by rows."""
+    before = batch["inputs"].shape[:-2]
     if devices.mode == "jit":
-        return _put(batch, NamedSharding(devices.mesh, P(None, AXIS)))
+        spec = P(*(None for _ in before), AXIS)
+        return _put(batch, NamedSharding(devices.mesh, spec))
     if devices.mode == "exact":
         return _split(batch)
     return {
-        k: v.reshape(v.shape[0], devices.count, -1, *v.shape[2:])
+        k: np.moveaxis(v.reshape(*before, devices.count, -1, v.shape[-1]), -3, 0)
         for k, v in batch.items()
     }
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import aim_jax
 from aim_jax import config, evaluate, lora, methods, parallel, steps
+from aim_jax.data import batches
 from aim_jax.models import hf
 
 Tree = Any
@@ -102,13 +103,12 @@ def plan(
     length, target: tokens of a row, and of its answer, which `length` includes.
     Raises InputError for a batch that the devices do not divide.
     """
-    sizes = (cfg.train.micro_batch_size or cfg.train.batch_size, cfg.memory.batch_size)
-    for size in (*sizes, cfg.eval.batch_size):
+    for size in (cfg.train.batch_size, cfg.memory.batch_size, cfg.eval.batch_size):
         if size % devices.count:
             raise aim_jax.InputError(
                 f"{size} rows at once are no multiple of the {devices.count} groups of"
-                " devices that share them; set train.micro_batch_size, memory.batch_size"
-                " and eval.batch_size"
+                " devices that share them; set train.batch_size, memory.batch_size and"
+                " eval.batch_size"
             )
     made = programs(cfg, devices, length, target)
     for name in names:
@@ -148,36 +148,38 @@ def programs(
     delta = jax.eval_shape(lambda: lora.init(jax.random.key(0), base, keys, cfg.lora))
     state = jax.eval_shape(lambda: steps.init(delta, 1, jax.random.key(0)))
     delta, state = (_on(tree, whole) for tree in (delta, state))
-    pure = steps.make(model, cfg, methods.Method())
     inputs = length - target if family.KIND == "encdec" else length
-    split = NamedSharding(devices.mesh, P(None, parallel.AXIS))
+    # Every row is that long.
+    data = dataclasses.replace(cfg.data, buckets=(inputs,))
+    pure = steps.make(model, dataclasses.replace(cfg, data=data), methods.Method())
 
-    def batch(micros: int, rows: int) -> Tree:
-        return _on(_batch((micros, rows), inputs, target), split)
+    def batch(size: int, *before: int) -> Tree:
+        rows = batches.parts(size, data.device_rows, devices.count)
+        axes = P(*(None for _ in (*before, rows[0])), parallel.AXIS)
+        made = _batch((*before, *rows), inputs, target)
+        return _on(made, NamedSharding(devices.mesh, axes))
 
-    def forward(made: Tree) -> Work:
-        """That of one of the micro-batches."""
-        return counted(jax.make_jaxpr(pure.probe)(base, state, (), made).jaxpr)
+    def forward(size: int) -> Work:
+        """That of a batch."""
+        arguments = (base, state, (), batch(size, 1))
+        return counted(jax.make_jaxpr(pure.probe)(*arguments).jaxpr)
 
     def train() -> Program:
-        rows = cfg.train.micro_batch_size or cfg.train.batch_size
-        micros = cfg.train.batch_size // rows
-        made = batch(micros, rows)
+        size = cfg.train.batch_size
         step = parallel.compile(pure.train, devices, batch=3, args=4)
-        return Program(
-            step, (base, state, (), made), needed=micros * forward(made).trained
-        )
+        arguments = (base, state, (), batch(size))
+        return Program(step, arguments, needed=forward(size).trained)
 
     def probe() -> Program:
         step = parallel.compile(pure.probe, devices, batch=3, args=4)
-        return Program(step, (base, state, (), batch(1, cfg.memory.batch_size)))
+        return Program(step, (base, state, (), batch(cfg.memory.batch_size, 1)))
 
     def rehearse() -> Program:
-        made = batch(1, cfg.memory.batch_size)
+        size = cfg.memory.batch_size
         step = parallel.compile(pure.rehearse, devices, batch=3, args=5)
         count = _on(jax.ShapeDtypeStruct((), jnp.int32), whole)
-        arguments = (base, state, (), made, count)
-        return Program(step, arguments, needed=forward(made).trained)
+        arguments = (base, state, (), batch(size, 1), count)
+        return Program(step, arguments, needed=forward(size).trained)
 
     def decode() -> Program:
         prompt = _batch((cfg.eval.batch_size,), length - target, 1)

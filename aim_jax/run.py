@@ -247,6 +247,8 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
         cfg.data,
         devices.count,
     )
+    encoded = (batches.encode(text, task.train) for task in stream)
+    text = text._replace(longest=max(batches.longest(text, e) for e in encoded))
     start = None
     if cfg.lora.path is not None:
         start = hf.start(cfg.lora, base.params, base.keys)
@@ -918,7 +920,7 @@ def memory_batch(
         ]
         for step, number in places
     ]
-    batch = batches.collate(job.text, chosen, cfg.memory.batch_size)
+    batch = batches.stack(job.text, chosen, cfg.memory.batch_size)
     if getattr(cfg.method, "loss_scale", None) == "accumulation":
         micro = cfg.train.micro_batch_size or cfg.train.batch_size
         batch["weights"] /= cfg.train.batch_size // micro

@@ -44,16 +44,14 @@ class Steps(NamedTuple):
         are float32 scalars loss, grad_norm, lr, movement (mean |change| of an entry),
         distance (norm of the change) and, for a method that has one, the penalty, which
         `loss` does not hold
-    probe(base, state, memo, batch) -> loss of a memory batch, float32
-    rehearse(base, state, memo, batches, count) -> (state, losses): the first `count` of a
-        chunk
+    probe(base, state, memo, chunk) -> loss of the first batch of a chunk, float32
+    rehearse(base, state, memo, chunk, count) -> (state, losses): the first `count` batches
     validate(base, adapter, batch) -> weighted sum of the loss over a batch, float32
     squares(base, state, memo, batch) -> sum over rows of the squared gradient of a row's
         log-likelihood, a tree like the delta; no dropout
 
-    memo: the arrays of the method's memo. A training or probe batch has leaves
-    (micro-batches, b, length), a chunk (steps, b, length). Every function takes `axis`,
-    None where it sees all rows.
+    memo: the arrays of the method's memo. A batch has leaves (parts, b, length), a chunk
+    (steps, parts, b, length). Every function takes `axis`, None where it sees all rows.
     """
 
     train: Callable
@@ -127,33 +125,67 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.adam.count)
         return jax.random.fold_in(key, axis.index()) if axis else key
 
+    def summed(f: Callable, zero: Tree, batch: Batch, axis: Axis) -> Tree:
+        """The sum of `f(part, number)` over the parts of a batch and over the devices.
+
+        Each part is cut to the smallest bucket that holds its rows.
+        """
+        full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
+        sizes = [n for n in sorted(cfg.data.buckets) if least <= n < full] + [full]
+
+        def cut_to(size: int) -> Callable:
+            def run(part: Batch, number: jax.Array) -> Tree:
+                # A decoder's rows end in the last column, an encoder's begin in the first.
+                first = jnp.where(part["mask"][:, -1].any(), full - size, 0)
+                cut = {
+                    name: jax.lax.dynamic_slice_in_dim(part[name], first, size, 1)
+                    for name in ("inputs", "mask")
+                }
+                return f(part | cut, number)
+
+            return run
+
+        def add(total: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
+            used = item[0]["mask"].sum(-1).max()
+            fitting = jnp.sum(used > jnp.array(sizes))
+            value = jax.lax.switch(fitting, [cut_to(n) for n in sizes], *item)
+            return jax.tree.map(jnp.add, total, value), None
+
+        numbers = jnp.arange(batch["inputs"].shape[0])
+        total, _ = jax.lax.scan(add, zero, (batch, numbers))
+        return axis.sum(total) if axis else total
+
+    def forward(
+        adapter: Tree, base: Tree, batch: Batch, key: jax.Array | None, axis: Axis
+    ) -> tuple[jax.Array, jax.Array]:
+        """`loss` of a whole batch."""
+
+        def of(part: Batch, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+            own = None if key is None else jax.random.fold_in(key, number)
+            return loss(adapter, base, part, own)
+
+        return summed(of, (jnp.float32(0), jnp.int32(0)), batch, axis)
+
     def gradients(
         base: Tree, state: State, memo: Tree, batch: Batch, axis: Axis
     ) -> tuple[jax.Array, Tree, Tree]:
-        """Mean loss, its gradient and the magnitudes, over micro-batches and devices."""
+        """Mean loss, its gradient and the magnitudes, over a batch."""
         key = key_of(state, axis)
         zeros = jax.tree.map(jnp.zeros_like, state.delta)
         silent = lora.units(state.delta) if method.magnitudes else None
 
-        def accumulate(carry: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
-            micro, number = item
-
+        def of(part: Batch, number: jax.Array) -> tuple[tuple, Tree]:
             def composed(delta: Tree, magnitudes: Tree) -> tuple[jax.Array, jax.Array]:
                 adapter = compose(delta, memo)
                 step_key = jax.random.fold_in(key, number)
-                return loss(adapter, base, micro, step_key, magnitudes)
+                return loss(adapter, base, part, step_key, magnitudes)
 
-            (total, count), grads = jax.value_and_grad(composed, (0, 1), has_aux=True)(
-                state.delta, silent
-            )
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+            graded = jax.value_and_grad(composed, (0, 1), has_aux=True)
+            return graded(state.delta, silent)
 
-        zero = (jnp.float32(0), jnp.int32(0), (zeros, silent))
-        numbers = jnp.arange(batch["inputs"].shape[0])
-        (total, count, grads), _ = jax.lax.scan(accumulate, zero, (batch, numbers))
-        if axis:
-            total, count, grads = axis.sum((total, count, grads))
-        count, (grads, magnitudes) = jnp.maximum(count, 1), grads
+        zero = ((jnp.float32(0), jnp.int32(0)), (zeros, silent))
+        (total, count), (grads, magnitudes) = summed(of, zero, batch, axis)
+        count = jnp.maximum(count, 1)
         return total / count, jax.tree.map(lambda g: g / count, grads), magnitudes
 
     def update(
@@ -195,20 +227,18 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return after._replace(step=state.step + 1), measures
 
     def probe(
-        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: Axis = None
+        base: Tree, state: State, memo: Tree, chunk: Batch, *, axis: Axis = None
     ) -> jax.Array:
-        micro = jax.tree.map(lambda x: x[0], batch)
+        batch = jax.tree.map(lambda x: x[0], chunk)
         key = key_of(state, axis) if method.probe_dropout else None
-        total, count = loss(compose(state.delta, memo), base, micro, key)
-        if axis:
-            total, count = axis.sum((total, count))
+        total, count = forward(compose(state.delta, memo), base, batch, key, axis)
         return total / jnp.maximum(count, 1)
 
     def rehearse(
         base: Tree,
         state: State,
         memo: Tree,
-        batches: Batch,
+        chunk: Batch,
         count: jax.Array,
         *,
         axis: Axis = None,
@@ -217,25 +247,21 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
             i: jax.Array, carry: tuple[State, jax.Array]
         ) -> tuple[State, jax.Array]:
             state, losses = carry
-            batch = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), batches
-            )
+            batch = jax.tree.map(lambda x: x[i], chunk)
             value, grads, magnitudes = gradients(base, state, memo, batch, axis)
             if method.rehearsal_penalty:
                 _, grads = _add(method.rehearsal_penalty, state.delta, memo, grads)
             state, _ = update(state, grads, magnitudes, memo, rehearsal=True)
             return state, losses.at[i].set(value)
 
-        losses = jnp.zeros(batches["inputs"].shape[0], jnp.float32)
+        losses = jnp.zeros(chunk["inputs"].shape[0], jnp.float32)
         loop = axis.loop if axis else jax.lax.fori_loop
         return loop(0, count, body, (state, losses))
 
     def validate(
         base: Tree, adapter: Tree, batch: Batch, *, axis: Axis = None
     ) -> jax.Array:
-        micro = jax.tree.map(lambda x: x[0], batch)
-        total, _ = loss(adapter, base, micro, None)
-        return axis.sum(total) if axis else total
+        return forward(adapter, base, batch, None, axis)[0]
 
     def squares(
         base: Tree, state: State, memo: Tree, batch: Batch, *, axis: Axis = None
@@ -243,10 +269,13 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         def likelihood(delta: Tree, row: Batch) -> jax.Array:
             return loss(compose(delta, memo), base, row, None)[0]
 
-        rows = jax.tree.map(lambda x: x[0][:, None], batch)
-        grads = jax.vmap(jax.grad(likelihood), (None, 0))(state.delta, rows)
-        total = jax.tree.map(lambda g: jnp.sum(g**2, 0), grads)
-        return axis.sum(total) if axis else total
+        def of(part: Batch, number: jax.Array) -> Tree:
+            rows = jax.tree.map(lambda x: x[:, None], part)
+            grads = jax.vmap(jax.grad(likelihood), (None, 0))(state.delta, rows)
+            return jax.tree.map(lambda g: jnp.sum(g**2, 0), grads)
+
+        zero = jax.tree.map(jnp.zeros_like, state.delta)
+        return summed(of, zero, batch, axis)
 
     return Steps(train, probe, rehearse, validate, squares)
 

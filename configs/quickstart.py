@@ -7,7 +7,6 @@ from aim_jax import config
 from aim_jax.methods import aim
 
 CONFIG = config.Config(
-    data=config.Data(buckets=(48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)),
     memory=config.Memory(percent=4.0, batch_size=16),
     train=config.Train(batch_size=16, learning_rate=3e-3),
     method=aim.Options(),

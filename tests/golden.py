@@ -136,7 +136,7 @@ def memory_batch(
     text: batches.Text, cfg: config.Config, data: Trace, rows: Sequence[np.ndarray]
 ) -> Any:
     """Recorded memory batches; their loss is over GA, as the release has it."""
-    batch = batches.collate(
+    batch = batches.stack(
         text, [examples(data, r) for r in rows], cfg.memory.batch_size
     )
     batch["weights"] /= accumulation(cfg)

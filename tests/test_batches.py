@@ -1,5 +1,7 @@
 """Batches: shapes from buckets, weights that carry the averaging rule, row choice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tokenizers
@@ -103,14 +105,38 @@ def test_rows_fill_up_to_the_number_of_devices():
     assert batch["inputs"].shape == (1, 8, 8)
 
 
+def test_rows_are_sorted_into_parts_longest_first():
+    parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2))
+    micros = [[example(3, 1), example(9, 2)], [example(12, 4)]]
+    batch = batches.collate(parts, micros, 2)
+    assert batch["inputs"].shape == (2, 2, 16)
+    assert batch["mask"].sum(-1).tolist() == [[12, 9], [3, 0]]
+    assert batch["weights"].sum(-1).tolist() == [[4, 2], [1, 0]]
+    # Two devices take two rows each.
+    assert batches.collate(parts._replace(count=2), micros, 2)["inputs"].shape[1] == 4
+
+
+def test_a_stack_is_of_one_shape():
+    groups = [[example(3, 1)], [example(3, 5), example(9, 2)]]
+    chunk = batches.stack(text(), groups, 2)
+    assert chunk["inputs"].shape == (2, 1, 2, 16)
+    assert chunk["targets"].shape == (2, 1, 2, 8)
+    assert chunk["mask"].sum(-1).tolist() == [[[3, 0]], [[3, 9]]]
+    long = text()._replace(longest=17)
+    assert batches.stack(long, groups, 2)["inputs"].shape[-1] == 32
+
+
 @pytest.mark.parametrize("average", ["token", "micro_batch"])
 def test_weights_make_the_average(average):
-    micros = [[example(3, 1), example(3, 2)], [example(3, 4)]]
-    batch = batches.collate(text(), micros, 2, average)
+    micros = [[example(3, 1), example(9, 2)], [example(6, 4)]]
+    parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2))
+    batch = batches.collate(parts, micros, 2, average)
+    assert batch["mask"].sum(-1).tolist() == [[9, 6], [3, 0]]
     losses = np.random.default_rng(0).random(batch["weights"].shape)
     real = batch["weights"] > 0
     value = (losses * batch["weights"]).sum() / real.sum()
-    means = [losses[m][real[m]].mean() for m in range(2)]
+    first = np.concatenate([losses[0, 0][real[0, 0]], losses[1, 0][real[1, 0]]])
+    means = [first.mean(), losses[0, 1][real[0, 1]].mean()]
     expected = np.mean(means) if average == "micro_batch" else losses[real].mean()
     assert value == pytest.approx(expected, rel=1e-6)
 
@@ -121,12 +147,10 @@ def test_validation_batches_sum_to_the_rule(average):
     sizes = rng.integers(1, (16, 5), (21, 2)).tolist()
     rows = [example(n, k, str(i)) for i, (n, k) in enumerate(sizes)]
     loss = {r.id: rng.random(len(r.targets)) for r in rows}
-    found = sorted(len(r.inputs) for r in rows)
     made = batches.validation_batches(text(), rows, 4, average)
     assert sum(int((b["weights"].sum(-1) > 0).sum()) for b in made) == 21
-    # Sorted by length: the order in which the batches hold the rows.
-    order = sorted(rows, key=lambda r: len(r.inputs))
-    assert [len(r.inputs) for r in order] == found
+    # The order in which the batches hold the rows.
+    order = sorted(rows, key=lambda r: -len(r.inputs))
     total = 0.0
     for start, batch in zip(range(0, 21, 4), made, strict=True):
         for r, row in enumerate(order[start : start + 4]):

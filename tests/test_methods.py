@@ -741,7 +741,7 @@ def test_the_penalty_of_a_rehearsal(lessons):
         for s in (after, bare)
     )
     # Both are clipped to norm 1: what is left is the direction.
-    batch1 = jax.tree.map(lambda x: x[:1], batch)
+    batch1 = jax.tree.map(lambda x: x[0], batch)
     _, measures = plain.steps.train(job.base.params, state, (), batch1)
     norm = float(measures["grad_norm"])
     whole = second * 10 * max(1.0, norm) + 0.1

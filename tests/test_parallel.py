@@ -31,7 +31,7 @@ from fixtures import make_models
 def trained(name, changes, count):
     cfg = config.resolve(config.Config(
         model=config.Model(path=str(make_models.FOLDER / name), dropout=0.0),
-        data=config.Data(buckets=(16,), target_buckets=(8,)),
+        data=config.Data(buckets=(8, 16), target_buckets=(8,), device_rows=2),
         train=config.Train(batch_size=16, micro_batch_size=8, warmup_steps=2),
         lora=config.Lora(dropout=0.0, target=(".*(q|v|[qv]_proj)",)),
         parallel=config.Parallel(**changes),
@@ -64,10 +64,12 @@ def trained(name, changes, count):
         rehearse = parallel.compile(pure.rehearse, devices, batch=3, args=5)
         probe = parallel.compile(pure.probe, devices, batch=3, args=4)
         validate = parallel.compile(pure.validate, devices, batch=2, args=3)
-        memory = parallel.place(batches.collate(text, [rows[:5]] * 3, 5), devices)
+        memory = batches.stack(text, [rows[:5]] * 3, 5)
+        batch = parallel.place({k: v[0] for k, v in memory.items()}, devices)
+        memory = parallel.place(memory, devices)
         values.append(probe(base.params, state, (), memory))
         state, losses = rehearse(base.params, state, (), memory, 3)
-        values += [*losses, validate(base.params, state.delta, memory)]
+        values += [*losses, validate(base.params, state.delta, batch)]
     leaves = [np.asarray(x) for x in jax.tree.leaves(state.delta)]
     return {
         "values": [float(v) for v in values],

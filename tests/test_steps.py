@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import make_models
 from flax import linen as nn
 
 from aim_jax import config, lora, methods, steps
@@ -14,7 +15,7 @@ from aim_jax.models import hf, layers
 
 CFG = config.resolve(
     config.Config(
-        data=config.Data(buckets=(64,), target_buckets=(8,)),
+        data=config.Data(buckets=(32, 64), target_buckets=(8,), device_rows=2),
         train=config.Train(
             batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup_steps=2
         ),
@@ -38,6 +39,9 @@ class Kit:
     def batch(self, micros, average="token"):
         chosen = [[self.rows[i] for i in m] for m in micros]
         return batches.collate(self.text, chosen, max(map(len, micros)), average)
+
+    def chunk(self, groups):
+        return batches.stack(self.text, [[self.rows[i] for i in g] for g in groups], 2)
 
     def steps(self, cfg=CFG, **hooks):
         pure = steps.make(self.base.model, cfg, methods.Method(**hooks))
@@ -91,6 +95,31 @@ def test_padding_rows_change_nothing(kit, made):
     assert float(a[1]["loss"]) == pytest.approx(float(b[1]["loss"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["t5", "qwen3"])
+def test_padding_left_out_changes_nothing(name):
+    """The same loss whether every part is as long as the longest row or cut to its own."""
+    model = config.Model(path=str(make_models.FOLDER / name), dropout=0.0)
+    base = hf.load(model)
+    losses = {}
+    for buckets in ((32,), (8, 16, 32)):
+        data = config.Data(buckets=buckets, target_buckets=(4,), device_rows=2)
+        cfg = dataclasses.replace(
+            CFG, data=data, lora=config.Lora(target=(".*(q|v|[qv]_proj)",), dropout=0.0)
+        )
+        text = batches.Text(None, base.family.KIND, data)
+        rows = [
+            batches.Example("", np.arange(1, 1 + n), np.array([5, 6]))
+            for n in (3, 30, 7, 14, 20, 8)
+        ]
+        delta = lora.init(jax.random.key(0), base.params, base.keys, cfg.lora)
+        state = steps.init(delta, 1, jax.random.key(0))
+        probe = jax.jit(steps.make(base.model, cfg, methods.Method()).probe)
+        chunk = batches.stack(text, [rows], len(rows))
+        losses[buckets] = float(probe(base.params, state, (), chunk))
+    first, second = losses.values()
+    assert first == pytest.approx(second, rel=1e-6)
+
+
 def test_learning_rate_rises_from_zero_and_falls_to_zero():
     train = dataclasses.replace(CFG.train, learning_rate=1.0, warmup_steps=4)
     rates = [
@@ -135,7 +164,7 @@ def test_an_update_is_clipped_adam(kit, made):
 def test_rehearsal_is_updates_at_one_rate_with_shared_moments(kit, made):
     state = kit.state()._replace(step=jnp.int32(3))
     micros = [[0, 1], [6, 7], [2, 3]]
-    chunk = kit.batch(micros)
+    chunk = kit.chunk(micros)
     after, losses = made.rehearse(kit.base.params, state, (), chunk, 2)
     expected = state
     for number, micro in enumerate(micros[:2]):
@@ -160,11 +189,12 @@ def test_dropout_is_random_by_step_and_repeats_when_a_step_is_repeated(kit):
     first, _ = made.train(kit.base.params, state, (), batch)
     again, _ = made.train(kit.base.params, state, (), batch)
     same(first, again)
-    noisy = float(made.probe(kit.base.params, first, (), batch))
-    assert noisy == float(made.probe(kit.base.params, first, (), batch))
+    chunk = kit.chunk([[0, 1]])
+    noisy = float(made.probe(kit.base.params, first, (), chunk))
+    assert noisy == float(made.probe(kit.base.params, first, (), chunk))
     later = first._replace(adam=first.adam._replace(count=first.adam.count + 1))
-    assert noisy != float(made.probe(kit.base.params, later, (), batch))
-    still = [float(quiet.probe(kit.base.params, s, (), batch)) for s in (first, later)]
+    assert noisy != float(made.probe(kit.base.params, later, (), chunk))
+    still = [float(quiet.probe(kit.base.params, s, (), chunk)) for s in (first, later)]
     assert still[0] == still[1] != noisy
 
 

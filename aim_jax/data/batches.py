@@ -32,13 +32,15 @@ class Text(NamedTuple):
 
     tokenizer: a Hugging Face tokenizer; kind: `encdec` or `decoder`
     (`aim_jax.models`); data: lengths and buckets; count: rows are padded to a multiple
-    of it (the number of devices).
+    of it (the number of devices); longest: every batch has room for inputs so long, so
+    that all have one shape.
     """
 
     tokenizer: Any
     kind: str
     data: config.Data
     count: int = 1
+    longest: int = 0
 
 
 def tokenizer(folder: pathlib.Path) -> Any:
@@ -101,25 +103,45 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     return -(-length // buckets[-1]) * buckets[-1]
 
 
-def collate(
-    text: Text, examples: Sequence[Sequence[Example]], rows: int, average: str = "token"
-) -> Batch:
-    """Micro-batches of examples as one batch of leaves (micro-batches, rows, length).
+def parts(rows: int, device_rows: int, count: int) -> tuple[int, int]:
+    """How many parts, and of how many rows, hold `rows` rows on `count` devices."""
+    b = count * min(device_rows, -(-rows // count))
+    return -(-rows // b), b
 
-    inputs int32, mask bool, targets int32, weights float32. Empty rows fill up. The
-    weights are 1 at target tokens, so that sum(weights * loss) / count is the mean over
-    tokens; for `average` 'micro_batch' they make it the mean of micro-batch means.
+
+def longest(text: Text, examples: Sequence[Example]) -> int:
+    """Input tokens of the longest row."""
+    return max(map(_length(text), examples), default=0)
+
+
+def collate(
+    text: Text,
+    examples: Sequence[Sequence[Example]],
+    rows: int,
+    average: str = "token",
+    target: int = 0,
+) -> Batch:
+    """Micro-batches of up to `rows` examples as one batch, leaves (parts, b, length).
+
+    inputs int32, mask bool, targets int32, weights float32. The examples are sorted by
+    length, longest first, into parts of `data.device_rows` rows a device, so that the
+    steps can leave out padding; empty rows fill up. Whichever part a row is in, the
+    weights carry the rule: 1 at target tokens, so that sum(weights * loss) / count is the
+    mean over tokens; for `average` 'micro_batch' they make it the mean of micro-batch
+    means.
+
+    target: tokens of the longest target, if it is not among these examples.
     """
     everything = [e for micro in examples for e in micro]
     width = bucket(
-        max(len(e.targets) for e in everything), sorted(text.data.target_buckets)
+        max(target, *(len(e.targets) for e in everything)),
+        sorted(text.data.target_buckets),
     )
-    longest = max(map(_length(text), everything))
+    length = max(text.longest, longest(text, everything))
     if text.kind == "decoder":
-        longest = max(longest, width)  # the last `width` positions predict the targets
-    length = bucket(longest, sorted(text.data.buckets))
-    rows = -(-rows // text.count) * text.count
-    shape = (len(examples), rows)
+        length = max(length, width)  # the last `width` positions predict the targets
+    length = bucket(length, sorted(text.data.buckets))
+    shape = parts(len(examples) * rows, text.data.device_rows, text.count)
     batch = {
         "inputs": np.zeros((*shape, length), np.int32),
         "mask": np.zeros((*shape, length), bool),
@@ -127,13 +149,27 @@ def collate(
         "weights": np.zeros((*shape, width), np.float32),
     }
     total = sum(len(e.targets) for e in everything)
-    for m, micro in enumerate(examples):
+    weighted = []
+    for micro in examples:
         weight = 1.0
         if average == "micro_batch":
             weight = total / (len(examples) * sum(len(e.targets) for e in micro))
-        for r, example in enumerate(micro):
-            _fill({k: v[m, r] for k, v in batch.items()}, example, text.kind, weight)
+        weighted += [(example, weight) for example in micro]
+    if shape[0] > 1:
+        weighted.sort(key=lambda pair: -_length(text)(pair[0]))
+    for place, (example, weight) in enumerate(weighted):
+        row = {k: v[divmod(place, shape[1])] for k, v in batch.items()}
+        _fill(row, example, text.kind, weight)
     return batch
+
+
+def stack(text: Text, examples: Sequence[Sequence[Example]], rows: int) -> Batch:
+    """A batch for each group of up to `rows` examples, leaves (batches, parts, b, length)."""
+    everything = [e for group in examples for e in group]
+    text = text._replace(longest=max(text.longest, longest(text, everything)))
+    target = max(len(e.targets) for e in everything)
+    made = [collate(text, [group], rows, target=target) for group in examples]
+    return {name: np.stack([batch[name] for batch in made]) for name in made[0]}
 
 
 def _length(text: Text):
@@ -215,12 +251,12 @@ def validation_batches(
             group = examples[start : start + 8]
             share = len(group) / (len(examples) * sum(len(e.targets) for e in group))
             weight |= dict.fromkeys(range(start, start + len(group)), share)
-    order = sorted(weight, key=lambda i: _length(text)(examples[i]))
+    order = sorted(weight, key=lambda i: -_length(text)(examples[i]))
     made = []
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         batch = collate(text, [[examples[i] for i in chosen]], rows)
-        for r, i in enumerate(chosen):
-            batch["weights"][0, r] *= weight[i]
+        of_row = batch["weights"].reshape(-1, batch["weights"].shape[-1])
+        of_row[: len(chosen)] *= np.array([[weight[i]] for i in chosen], np.float32)
         made.append(batch)
     return made
