@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from aim_jax import config, lora, methods, parallel
+from aim_jax.data import batches
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -131,7 +132,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         Each part is cut to the smallest bucket that holds its rows.
         """
         full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
-        sizes = [n for n in sorted(cfg.data.buckets) if least <= n < full] + [full]
+        sizes = batches.cuts(cfg.data.buckets, full, least)
 
         def cut_to(size: int) -> Callable:
             def run(part: Batch, number: jax.Array) -> Tree:

@@ -7,6 +7,7 @@ from aim_jax import config
 from aim_jax.methods import aim
 
 CONFIG = config.Config(
+    data=config.Data(device_rows=16),  # all are of one length
     memory=config.Memory(percent=4.0, batch_size=16),
     train=config.Train(batch_size=16, learning_rate=3e-3),
     method=aim.Options(),

@@ -37,6 +37,18 @@ def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
         assert idle == pytest.approx(expected, abs=0.01)
 
 
+def test_padding_is_counted():
+    """Two parts of two rows a step: counted here row by row."""
+    cfg = test_run.make(data__buckets=(32, 40, 64), data__device_rows=2)
+    made = benchmark.padding(cfg)
+    assert 1 <= made["tokens"]["parts"] <= made["tokens"]["batch"]
+    assert 1 <= made["tokens"]["micro_batches"] <= made["tokens"]["batch"]
+    assert set(made["lengths"]) <= {32, 40, 64}
+    # One bucket for all: whatever the parts, every row is as long as it.
+    whole = benchmark.padding(test_run.make(data__buckets=(64,)))["tokens"]
+    assert whole["parts"] == whole["batch"] > made["tokens"]["parts"]
+
+
 def test_bad_input_is_one_line():
     command = [sys.executable, "-m", "aim_jax.benchmark", "--set=train.epocs=3"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -103,6 +103,11 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     return -(-length // buckets[-1]) * buckets[-1]
 
 
+def cuts(buckets: Sequence[int], full: int, least: int) -> list[int]:
+    """Lengths from `least` to `full` that a part of a batch may be cut to."""
+    return [n for n in sorted(buckets) if least <= n < full] + [full]
+
+
 def parts(rows: int, device_rows: int, count: int) -> tuple[int, int]:
     """How many parts, and of how many rows, hold `rows` rows on `count` devices."""
     b = count * min(device_rows, -(-rows // count))
