@@ -33,8 +33,7 @@ def compare(cfg: config.Config, rounds: int, count: int) -> dict[str, Any]:
 
     As its users run it: eager, the base in training mode (dropout), each micro-batch
     padded to its longest row, logits at all positions. `cpu` is the processor time of the
-    process, which other processes disturb less than the clock. `tokens`: processed for a
-    real one.
+    process, which other processes disturb less than the clock.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = run.prepare(cfg, pathlib.Path(folder))
@@ -100,26 +99,12 @@ def compare(cfg: config.Config, rounds: int, count: int) -> dict[str, Any]:
             }
             for clock in clocks
         },
-        "tokens": _padding(cfg, trained, [batch for (batch, _), _ in made]),
         "rows": cfg.train.batch_size,
         "rounds": rounds,
         "steps": count,
         "versions": run.versions()
         | {name: importlib.metadata.version(name) for name in ("torch", "peft")},
     }
-
-
-def _padding(cfg: config.Config, groups: list, made: list) -> dict[str, float]:
-    """Input tokens processed for a real one: here, and with micro-batches padded alone."""
-    real = sum(len(e.inputs) for step in groups for micro in step for e in micro)
-    ours = theirs = 0
-    for step, batch in zip(groups, made, strict=True):
-        theirs += sum(len(m) * max(len(e.inputs) for e in m) for m in step)
-        for part in np.asarray(batch["mask"]):
-            full, used = part.shape[-1], part.sum(-1).max()
-            sizes = [n for n in cfg.data.buckets if used <= n < full]
-            ours += part.shape[0] * min([*sizes, full])
-    return {"jax": round(ours / real, 3), "torch": round(theirs / real, 3)}
 
 
 def _torch(cfg: config.Config, job: run.Job) -> tuple[Callable, Callable]:
