@@ -37,7 +37,7 @@ def job(argv):
     assert (devices.count, devices.mode, devices.whole) == (8, "jit", True)
     # Each process holds its own rows and no other; all are given back.
     rows = np.arange(48).reshape(16, 3)
-    batch = parallel.place({"rows": rows[None]}, devices)["rows"]
+    batch = parallel.place({"inputs": rows[None]}, devices)["inputs"]
     own = sorted(int(s.data[0, 0, 0]) for s in batch.addressable_shards)
     assert own == [24 * me + 6 * i for i in range(4)], own
     double = jax.jit(lambda base, delta, batch: batch["rows"] * 2)
