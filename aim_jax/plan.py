@@ -306,7 +306,8 @@ _WIDTH = {
 def collective_bytes(text: str, turns: int = 1) -> float:
     """Bytes that a chip sends in one call of a compiled program, given as HLO text.
 
-    A loop counts the turns that the compiler knows, else `turns`.
+    A loop counts the turns that the compiler knows, or that its condition compares its
+    counter with, else `turns`.
     """
     parts = dict(
         re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
@@ -316,7 +317,7 @@ def collective_bytes(text: str, turns: int = 1) -> float:
     def sent(name: str) -> float:
         total = 0.0
         for line in parts[name].splitlines():
-            for called, times in _calls(line, turns):
+            for called, times in _calls(line, parts, turns):
                 if called in parts:
                     total += times * sent(called)
             found = re.search(
@@ -337,21 +338,28 @@ def collective_bytes(text: str, turns: int = 1) -> float:
     return sent(entry)
 
 
-def _calls(line: str, turns: int) -> Iterator[tuple[str, int]]:
+def _calls(line: str, parts: dict[str, str], turns: int) -> Iterator[tuple[str, int]]:
     """Computations that an instruction calls, and how often."""
     times = 1
     if " while(" in line:
-        known = re.search(r"known_trip_count\D*(\d+)", line)
-        times = int(known[1]) if known else turns
+        condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
+        known = re.findall(r"known_trip_count\D*(\d+)", line) or re.findall(
+            r" s32\[\]\S* constant\((\d+)\)", parts.get(condition, "")
+        )
+        times = int(known[0]) if len(known) == 1 else turns
     for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
         yield called, times
 
 
 def _group(line: str) -> int:
-    """Chips in a group of a collective: of [groups,n]<=[...], or of the first list."""
+    """Chips in a group: of [groups,n]<=[...], of the first list, of axes of a mesh."""
     found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     if found:
         return int(found[1])
+    found = re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line)
+    if found:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     return found[1].count(",") + 1 if found else 2
 

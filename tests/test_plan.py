@@ -29,6 +29,7 @@ HLO = """HloModule step
 }
 
 %condition (p: (s32[], bf16[8,4])) -> pred[] {
+  LIMIT
   %p = (s32[], bf16[8,4]) parameter(0)
 }
 
@@ -41,11 +42,18 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 
 
 @pytest.mark.parametrize(
-    "known, times",
-    [('backend_config={"known_trip_count":{"n":"3"}}', 3), ("", 5)],
+    "known, limit, times",
+    [
+        ('backend_config={"known_trip_count":{"n":"3"}}', "", 3),
+        ("", "%n = s32[]{:T(128)} constant(4)", 4),
+        ("", "", 5),
+    ],
 )
-def test_bytes_of_collectives(known, times):
-    found = plan.collective_bytes(HLO.replace("KNOWN", known), turns=5)
+@pytest.mark.parametrize("group", ["{{0,1},{2,3}}", "mesh['a'=4,'b'=2] {'b'}"])
+def test_bytes_of_collectives(known, limit, times, group):
+    text = HLO.replace("KNOWN", known).replace("LIMIT", limit)
+    text = text.replace("{{0,1},{2,3}}", group)
+    found = plan.collective_bytes(text, turns=5)
     gathered = 8 * 4 * 2 * 3 / 4
     reduced = 16 * 4 * 2 * 1 / 2
     assert found == times * gathered + reduced
