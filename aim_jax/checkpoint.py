@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import aim_jax
+from aim_jax import parallel
 
 Tree = Any
 Checkpointer = ocp.training.Checkpointer
@@ -102,7 +102,7 @@ def latest(
             if jax.process_index() == 0:
                 _set_aside(checkpointer.directory / str(number))
         if damaged:
-            multihost_utils.sync_global_devices("set aside")
+            parallel.meet("set aside")
             checkpointer.reload()
         return loaded
     if damaged:

@@ -29,9 +29,8 @@ class Model:
     dtype: str = "float32"
     dropout: float | None = None  # the model's own; None: as its config.json says
     bits: int = 16  # of a frozen dense weight: 8 or 4 are integers with scales
-    remat: str = (
-        "none"  # what backward computes anew: `none`, `full` layers, or all but `dots`
-    )
+    # What backward computes anew: nothing, whole layers (`full`), or all but `dots`.
+    remat: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)

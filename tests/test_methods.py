@@ -177,6 +177,22 @@ class Runs:
         return run.run(self.cfg, self.folder / name), self.folder / name
 
 
+def stop(runs, monkeypatch, after):
+    """Interrupt the run "stopped" when it reads the signals of step number `after`."""
+    real, seen = run._read, []
+
+    def interrupted(step, *args):
+        seen.append(step)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        return real(step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runs("stopped", patch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.names())
 def test_a_whole_run(name, tmp_path, monkeypatch):
@@ -190,18 +206,7 @@ def test_a_whole_run(name, tmp_path, monkeypatch):
     last = trained[-1]
     assert last["step"] == last["total"] >= 4
 
-    real, seen = run._read, []
-
-    def interrupted(step, *args):
-        seen.append(step)
-        if len(seen) == len(trained):
-            raise KeyboardInterrupt
-        return real(step, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_read", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            runs("stopped", patch)
+    stop(runs, monkeypatch, after=len(trained))
     begun = len(list((tmp_path / "stopped" / "adapters").glob("*")))
     again, stopped = runs("stopped", monkeypatch)
     assert begun == len(made) - 1
@@ -230,18 +235,7 @@ def test_a_memory_that_the_model_writes(tmp_path, monkeypatch):
     steps = [r for r in rows(whole, logs.METRICS) if "loss" in r and r["task"] == 1]
     assert len(steps) == 2 * -(-(len(second.train) + len(written)) // 4)
     assert results["work"]["synthesis_tokens"] > 0
-    real, seen = run._read, []
-
-    def interrupted(step, *args):
-        seen.append(step)
-        if len(seen) == 7:
-            raise KeyboardInterrupt
-        return real(step, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_read", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            runs("stopped", patch)
+    stop(runs, monkeypatch, after=7)
     again, stopped = runs("stopped", monkeypatch)
     assert again["matrix"] == results["matrix"] and again["work"] == results["work"]
     assert rows(stopped, f"memory/{file.name}") == written
