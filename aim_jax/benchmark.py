@@ -12,7 +12,6 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -125,16 +124,11 @@ def padding(cfg: config.Config) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    try:
-        if len(argv) > 1:
-            raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
+    with aim_jax.command(argv):
         cfg = config.load(flags.FLAGS.config, flags.FLAGS.set)
         idles = flags.FLAGS.measure == "idle"
         made = idle(cfg, flags.FLAGS.rounds) if idles else padding(cfg)
         print(json.dumps(made, indent=1))
-    except aim_jax.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

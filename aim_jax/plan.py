@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -413,9 +412,7 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Print the plan of a config, a line as soon as it is known."""
     flag = flags.FLAGS
-    try:
-        if len(argv) > 1:
-            raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
+    with aim_jax.command(argv):
         cfg = config.load(flag.config or "", flag.set)
         how = dataclasses.replace(cfg.parallel, mode="jit")
         if flag.devices:
@@ -429,9 +426,6 @@ def main(argv: list[str]) -> None:
             print(HEAD)
         for row in rows:
             print(json.dumps(row) if flag.json else line(row), flush=True)
-    except aim_jax.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import collections
 import json
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -231,9 +230,7 @@ def main(argv: Sequence[str]) -> None:
     if not values["verbosity"].present:
         # `datasets` tells at level INFO which other libraries there are.
         logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1:
-            raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
+    with aim_jax.command(argv):
         for name in ("layout", "source", "out"):
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
@@ -247,9 +244,6 @@ def main(argv: Sequence[str]) -> None:
         report = prepare(
             values.layout, options, out, values.tasks, values.drop, values.metric
         )
-    except aim_jax.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(table(report))
     print(f"{out}: details in report.json; read it by {settings(report['tasks'], out)}")
 
