@@ -1,39 +1,427 @@
 """How fast it is: `python -m aim_jax.benchmark --config configs/X.py [--set a.b=v ...]`.
 
-Prints, as JSON, how long the device waits for the host between steps, with and without
-the next step being sent before the signals of the last one are read
-(`parallel.speculate`). Rounds alternate between the ways; figures are medians.
-With `--measure padding` it counts the tokens that training runs over instead.
+Times what a run is made of, on rows of the config's second task or on random ones of one
+length (`--length`). A model directory without weights gets random ones. JSON goes to
+stdout, or to `--out` with a Markdown table beside it. Seconds are medians over rounds that
+alternate between all that is timed; processor time is disturbed less by other processes.
+FLOPs are those of matrix products that cannot be left out (`plan.Work`).
 """
 
 import collections
 import dataclasses
+import functools
+import importlib.metadata
 import json
 import math
+import os
 import pathlib
+import platform
+import resource
+import shlex
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from typing import Any
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, methods, run, steps
+from aim_jax import config, evaluate, fusion, lora, methods, parallel, plan, run, steps
 from aim_jax.data import batches
+from aim_jax.models import hf
+
+Tree = Any
+USUAL = ("start", "step", "rehearsal", "fusion", "decode")
+MEASURES = (*USUAL, "idle", "padding", "first")
+CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
+# Dense bf16 FLOP/s of a device by its kind. Sources: as `plan.CHIPS`; the data sheets of
+# NVIDIA H100 (SXM) and H200, whose 1979e12 are with sparsity.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+    "TPU v5 lite": plan.CHIPS["v5e"].flops,
+    "TPU v5": plan.CHIPS["v5p"].flops,
+    "TPU v6 lite": plan.CHIPS["v6e"].flops,
+}
+
+
+class Shape(NamedTuple):
+    """Random rows: how many a batch has, and their tokens.
+
+    length: of an encoder's inputs, or of a decoder's whole row; target: of the answer.
+    """
+
+    rows: int
+    length: int
+    target: int
+
+
+class Bench(NamedTuple):
+    """What is measured on: a job and one of its tasks, and rows to decode."""
+
+    job: run.Job
+    task: run.Lesson
+    prompts: list[batches.Example]
+
+
+class Way(NamedTuple):
+    """Something to time: `call()` does it `times` times.
+
+    tokens, flops: of one time, 0 where that is not told; others: the same done elsewhere;
+    brief: for what needs no compilation, shorter calls to warm up with.
+    """
+
+    call: Callable[[], Any]
+    times: int
+    tokens: float = 0
+    flops: float = 0
+    others: Mapping[str, Callable[[], Any]] = types.MappingProxyType({})
+    brief: Mapping[str, Callable[[], Any]] = types.MappingProxyType({})
+
+
+def with_weights(cfg: config.Config, folder: pathlib.Path) -> config.Config:
+    """`cfg`, its model in `folder` with random weights where it has none."""
+    source = hf.directory(cfg.model.path)
+    kinds = ("safetensors", "bin", "pt", "pth")
+    if any(found for kind in kinds for found in source.glob(f"*.{kind}")):
+        return cfg
+    family, model = hf.build(cfg.model)
+    random = np.random.default_rng(0)
+    flat = {}
+    for path, leaf in hf.flatten(hf.abstract(model)).items():
+        drawn = random.standard_normal(leaf.shape, np.float32)
+        value = np.ones_like(drawn) if "norm" in path else 0.02 * drawn
+        flat[path] = value.astype(jnp.dtype(cfg.model.dtype))
+    hf.save(folder, hf.unflatten(flat), family.keys(model.config))
+    for file in (source / "config.json", *hf.companions(source)):
+        shutil.copy(file, folder)
+    return _with(cfg, model={"path": str(folder)})
+
+
+def of_shape(cfg: config.Config, shape: Shape) -> config.Config:
+    """`cfg` for batches of that shape, each all at once, of one compiled length."""
+    return _with(
+        cfg,
+        data={"buckets": (shape.length,), "target_buckets": (shape.target,)},
+        train={"batch_size": shape.rows, "micro_batch_size": None},
+        memory={"batch_size": shape.rows},
+        eval={"max_length": shape.target + 1},
+    )
+
+
+def load(cfg: config.Config) -> tuple[parallel.Devices, hf.Base]:
+    """The devices and the base on them."""
+    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+    base = hf.load(cfg.model, devices)
+    jax.block_until_ready(base.params)
+    return devices, base
+
+
+def plain(
+    cfg: config.Config,
+    shape: Shape,
+    prompts: int,
+    batches_: int,
+    devices: parallel.Devices,
+    base: hf.Base,
+) -> Bench:
+    """A job on random rows, without data and tokenizer; prompts are of unequal length."""
+    rows, length, target = shape
+    kind = base.family.KIND
+    inputs = length if kind == "encdec" else length - target
+    if inputs < 1:
+        raise aim_jax.InputError(
+            f"--length {length}: a decoder's row has its answer in it, --target {target}"
+        )
+    own, cfg = cfg, of_shape(cfg, shape)
+    buckets = (*(n for n in own.data.buckets if n < length), length)
+    eos = json.loads((hf.directory(cfg.model.path) / "config.json").read_text())
+    tokenizer = types.SimpleNamespace(eos_token_id=eos.get("eos_token_id", 1))
+    data = dataclasses.replace(cfg.data, buckets=buckets)
+    lora.targets(base.keys, cfg.lora)
+    method = methods.module(cfg.method.name).make(cfg.method)
+    job = run.Job(**dict.fromkeys(run.Job._fields))._replace(
+        cfg=cfg,
+        stream=[None, None],
+        base=base,
+        text=batches.Text(tokenizer, kind, data, devices.count),
+        devices=devices,
+        steps=run.compile_steps(base, cfg, devices, method),
+        decode=evaluate.greedy(base.model, tokenizer.eos_token_id, cfg),
+        method=method,
+        work=collections.Counter(),
+    )
+    random = np.random.default_rng(0)
+    vocabulary = hf.flatten(base.params)[base.family.EMBEDDING].shape[0]
+
+    def examples(lengths: Sequence[int]) -> list[batches.Example]:
+        sizes = [(n, target) for n in lengths]
+        drawn = [
+            [random.integers(3, vocabulary, n, np.int32) for n in s] for s in sizes
+        ]
+        return [batches.Example(str(i), *row) for i, row in enumerate(drawn)]
+
+    equal = [inputs] * rows * batches_
+    task = run.Lesson("random", 1, examples(equal), [], examples(equal), (0, 0))
+    unequal = random.integers(-(-inputs // 8), inputs + 1, prompts)
+    return Bench(job, task, examples(unequal))
+
+
+def real(cfg: config.Config, prompts: int) -> Bench:
+    """The second task of the config's stream."""
+    job = _prepared(cfg)
+    task, rows = _second(job), job.stream[1].test[:prompts]
+    return Bench(job, task, batches.encode(job.text, rows, truncate=False))
+
+
+def step(
+    bench: Bench, others: Mapping[str, Any], rounds: int, count: int, counting: bool
+) -> dict[str, Any]:
+    """Train step, probe, and one after the other, on `count` batches.
+
+    counting: FLOPs are told; all rows must be of one length.
+    """
+    job, task, _ = bench
+    base, (state, memo) = job.base.params, _state(bench, count)
+    made = [
+        (run.train_batch(job, task, s), run.memory_batch(job, task, [(s, 0)]))
+        for s in range(1, count + 1)
+    ]
+    micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
+    trained = [
+        [rows[i : i + micro] for i in range(0, len(rows), micro)]
+        for (_, rows), _ in made
+    ]
+    recalled = [rows for _, (_, (rows,)) in made]
+
+    def train() -> Any:
+        after = state
+        for (batch, _), _ in made:
+            after, measures = job.steps.train(base, after, memo, batch)
+        return after, measures
+
+    def probe() -> Any:
+        return [job.steps.probe(base, state, memo, chunk) for _, (chunk, _) in made]
+
+    def both() -> Any:
+        after, histories = state, []
+        for (batch, _), (chunk, _) in made:
+            after, measures = job.steps.train(base, after, memo, batch)
+            histories.append(job.steps.probe(base, after, memo, chunk))
+        return after, measures, histories
+
+    def elsewhere(call: Callable) -> dict[str, Callable]:
+        return {name: functools.partial(call, side) for name, side in others.items()}
+
+    theirs = {
+        "train step": lambda side: [side.train(rows) for rows in trained],
+        "probe": lambda side: [side.probe(rows) for rows in recalled],
+        "train step + probe": lambda side: [
+            (side.train(rows), side.probe(recall))
+            for rows, recall in zip(trained, recalled, strict=True)
+        ],
+    }
+    ours = {"train step": train, "probe": probe, "train step + probe": both}
+    tokens = [
+        sum(batches.tokens(rows) for (_, rows), _ in made) / count,
+        sum(map(batches.tokens, recalled)) / count,
+    ]
+    flops = [0.0, 0.0]
+    if counting:
+        forward = _forward(bench)
+        flops = [forward.trained, forward.flops]
+    of = {
+        name: (sum(tokens[part]), sum(flops[part]))
+        for name, part in zip(ours, (slice(1), slice(1, 2), slice(2)), strict=True)
+    }
+    ways = {
+        name: Way(call, count, *of[name], elsewhere(theirs[name]))
+        for name, call in ours.items()
+    }
+    losses = {"here": _loss(bench, recalled[0])}
+    losses |= {name: side.loss(recalled[0]) for name, side in others.items()}
+    return timed(ways, rounds) | {"loss without dropout": losses}
+
+
+def rehearsal(bench: Bench, rounds: int, counting: bool) -> dict[str, Any]:
+    """A step of rehearsal, in a call of `run.CHUNK`."""
+    job, task, _ = bench
+    count, (state, memo) = run.CHUNK, _state(bench, run.CHUNK)
+    places = [(1, number) for number in range(1, count + 1)]
+    chunk, rows = run.memory_batch(job, task, places)
+
+    def call() -> Any:
+        return job.steps.rehearse(job.base.params, state, memo, chunk, count)
+
+    tokens = sum(map(batches.tokens, rows)) / count
+    flops = _forward(bench).trained if counting else 0
+    way = Way(call, count, tokens, flops)
+    return timed({f"rehearsal step, {count} a call": way}, rounds)
+
+
+def fuse(bench: Bench, rounds: int, count: int) -> dict[str, Any]:
+    """A fusion of adapters."""
+    delta = _state(bench, count)[0].delta
+
+    def call() -> Any:
+        return [fusion.fuse(delta, delta, delta, 0.5, 0.5) for _ in range(count)]
+
+    return timed({"fusion": Way(call, count)}, rounds)
+
+
+def decode(bench: Bench, others: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Evaluation: all prompts decoded, whatever their lengths.
+
+    The others decode them one by one, as the release does, and in batches as they come.
+    """
+    job, _, prompts = bench
+    delta, said = run.fresh(job), {}
+
+    def ours() -> None:
+        said["here"] = run.decoded(job, job.decode, delta, prompts)
+
+    def theirs(name: str, side: Any, rows: int, prompts: list) -> None:
+        said[name] = side.generate(prompts, rows)
+
+    calls, brief = {}, {}
+    for name, side in others.items():
+        ways = {"one by one": 1, "batched": job.cfg.eval.batch_size}
+        for way, rows in ways.items():
+            key = f"{name}, {way}"
+            calls[key] = functools.partial(theirs, key, side, rows, prompts)
+            brief[key] = functools.partial(theirs, key, side, rows, prompts[:2])
+    ours()  # compiles, and tells how many tokens there are
+    count = sum(map(len, said["here"]))
+    name = f"decoding, {len(prompts)} rows"
+    found = timed({name: Way(ours, 1, count, 0, calls, brief)}, rounds)
+    for key in calls:
+        pairs = zip(said["here"], said[key], strict=True)
+        same = sum(list(x) == list(y) for x, y in pairs)
+        found[name]["against"][key]["same_rows"] = same
+    return found
+
+
+def start(command: Sequence[str]) -> dict[str, Any]:
+    """Seconds to the first step, cold and with the compilation cache; weights; memory.
+
+    command: the flags of processes that measure `first`.
+    """
+    runs = []
+    with tempfile.TemporaryDirectory() as cache:
+        own = {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        }
+        for _ in range(2):
+            began = time.time()
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "aim_jax.benchmark",
+                    "--measure=first",
+                    *command,
+                ],
+                env=os.environ | own,
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise aim_jax.InputError(f"--measure start: {done.stderr.strip()}")
+            runs.append(json.loads(done.stdout) | {"began": began})
+    warm = runs[-1]
+    rows = {
+        f"first step + probe, {cache}": {
+            "seconds": r["ended"] - r["began"] - r["weights"]["seconds"],
+            "processor_seconds": r["processor_seconds"],
+        }
+        for cache, r in zip(
+            ("nothing compiled", "compilation cache"), runs, strict=True
+        )
+    }
+    weights = warm["weights"] | {
+        "bytes_per_second": warm["weights"]["bytes"] / warm["weights"]["seconds"]
+    }
+    return rows | {
+        "loading of the weights": weights,
+        "peak memory": {"bytes": warm["peak_bytes"]},
+    }
+
+
+def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
+    """What `start` is made of, in this process: all before its first step, and the step.
+
+    processor_seconds: of the process until then, without the loading of the weights.
+    """
+    began = [clock() for clock in CLOCKS.values()]
+    devices, base = load(cfg)
+    spent = [clock() - b for clock, b in zip(CLOCKS.values(), began, strict=True)]
+    bench = plain(cfg, shape, 1, 1, devices, base)
+    job, (state, memo) = bench.job, _state(bench, 1)
+    batch, _ = run.train_batch(job, bench.task, 1)
+    chunk, _ = run.memory_batch(job, bench.task, [(1, 0)])
+    state, measures = job.steps.train(base.params, state, memo, batch)
+    history = job.steps.probe(base.params, state, memo, chunk)
+    jax.block_until_ready((state, measures, history))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "ended": time.time(),
+        "processor_seconds": time.process_time() - spent[1],
+        "weights": {
+            **dict(zip(CLOCKS, spent, strict=True)),
+            "bytes": sum(x.nbytes for x in jax.tree.leaves(base.params)),
+        },
+        "peak_bytes": stats.get(
+            "peak_bytes_in_use",
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        ),
+    }
+
+
+def timed(ways: Mapping[str, Way], rounds: int) -> dict[str, Any]:
+    """A row of figures for each way, by name."""
+    calls = {}
+    for name, way in ways.items():
+        calls[name, ""] = way.call, way.call
+        for other, call in way.others.items():
+            calls[name, other] = call, way.brief.get(other, call)
+    spent = clocked(calls, rounds)
+    return {name: _row(name, way, spent) for name, way in ways.items()}
+
+
+def clocked(
+    calls: Mapping[Any, tuple[Callable, Callable]], rounds: int
+) -> dict[Any, dict[str, list[float]]]:
+    """What each of `CLOCKS` says of each (call, call to warm up with), round by round."""
+    spent = {key: {clock: [] for clock in CLOCKS} for key in calls}
+    for _, warm in calls.values():
+        jax.block_until_ready(warm())
+    for _ in range(rounds):
+        for key, (call, _) in calls.items():
+            began = {name: clock() for name, clock in CLOCKS.items()}
+            jax.block_until_ready(call())
+            for name, clock in CLOCKS.items():
+                spent[key][name].append(clock() - began[name])
+    return spent
 
 
 def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
     """Milliseconds a step of the second task, and the share the device is idle.
 
     `device` sends all train steps and probes without reading anything, from batches
-    that lie ready; what a loop needs beyond that, the device waits for.
+    that lie ready; what a loop needs beyond that, the device waits for: `plain`, and
+    `speculative`, where the next step is sent before the signals of the last are read.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job = run.prepare(cfg, pathlib.Path(folder))
-    task = run.lesson(job, 1)
+    job = _prepared(cfg)
+    task = _second(job)
     delta = run.fresh(job)
     state = steps.init(delta, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), delta, math.inf)
@@ -46,9 +434,9 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
     ]
 
     def loop(speculate: bool) -> Any:
-        parallel = dataclasses.replace(cfg.parallel, speculate=speculate)
-        train = dataclasses.replace(cfg.train, eval_every=total + 1)
-        own = dataclasses.replace(cfg, parallel=parallel, train=train)
+        own = _with(
+            cfg, parallel={"speculate": speculate}, train={"eval_every": total + 1}
+        )
         nothing = [lambda *given: None] * 2
         place = run.train(job._replace(cfg=own), watcher, task, start, *nothing)
         return place.state
@@ -66,23 +454,15 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
         "plain": lambda: loop(False),
         "speculative": lambda: loop(True),
     }
-    spent: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            jax.block_until_ready(way())
-            if number:  # the first round compiles
-                spent[name].append((time.perf_counter() - began) / total)
-    seconds = {name: statistics.median(values) for name, values in spent.items()}
+    spent = clocked({name: (way, way) for name, way in ways.items()}, rounds)
+    seconds = {k: statistics.median(v["seconds"]) / total for k, v in spent.items()}
     return {
         "milliseconds a step": {k: round(1000 * s, 3) for k, s in seconds.items()},
         "idle": {
             k: round(1 - seconds["device"] / seconds[k], 4)
             for k in ("plain", "speculative")
         },
-        "rounds": rounds,
         "steps": total,
-        "versions": run.versions(),
     }
 
 
@@ -93,9 +473,8 @@ def padding(cfg: config.Config) -> dict[str, Any]:
     bucket of its longest row; `micro_batches`: as rows come, each micro-batch as long as
     its longest row. `lengths`: all that a part is cut to.
     """
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, epochs=1))
-    with tempfile.TemporaryDirectory() as folder:
-        job = run.prepare(cfg, pathlib.Path(folder))
+    cfg = _with(cfg, train={"epochs": 1})
+    job = _prepared(cfg)
     micro = cfg.train.micro_batch_size or cfg.train.batch_size
     buckets = sorted(cfg.data.buckets)
     ran, real, lengths = collections.Counter(), 0, set()
@@ -118,22 +497,264 @@ def padding(cfg: config.Config) -> dict[str, Any]:
     return {
         "tokens": {way: round(count / real, 3) for way, count in ran.items()},
         "lengths": sorted(lengths),
-        "versions": run.versions(),
     }
+
+
+def machine(dtype: str) -> dict[str, Any]:
+    """Processor, cores of this process, and a device's rate in products of matrices.
+
+    The clock of rates: on a CPU processor time, hence rates of a core.
+    """
+    cpu = jax.default_backend() == "cpu"
+    size, clock = (2048, "processor_seconds") if cpu else (8192, "seconds")
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    spent = clocked({"": (lambda: product(x, x), lambda: product(x, x))}, 5)
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "matrix_flops_per_second": 2 * size**3 / min(spent[""][clock]),
+        "clock": clock,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The figures as a table, what they were taken on, and what is no row of it."""
+    rows = {k: v for k, v in result["measures"].items() if "seconds" in v}
+    others = list(dict.fromkeys(o for r in rows.values() for o in r.get("against", ())))
+    head = ["", "s", "processor s", "tokens/s", "GFLOP/s", "of the matrix rate", "MFU"]
+    head += [f"/ {other} (processor)" for other in others]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, row in rows.items():
+        cells = [name, f"{row['seconds']:.4g}", f"{row['processor_seconds']:.4g}"]
+        for key, form in (
+            ("tokens_per_second", ",.0f"),
+            ("gflops_per_second", ",.4g"),
+            ("of_matrix_rate", ".0%"),
+            ("mfu", ".0%"),
+        ):
+            cells.append(format(row[key], form) if key in row else "")
+        for other in others:
+            beside = row.get("against", {}).get(other)
+            cells.append(
+                f"{beside['ratio']:.2f} ({beside['processor_ratio']:.2f})"
+                if beside
+                else ""
+            )
+        lines.append(cells)
+    rest = {k: v for k, v in result.items() if k != "measures"} | {
+        k: v for k, v in result["measures"].items() if k not in rows
+    }
+    table = [f"| {' | '.join(line)} |" for line in lines] if rows else []
+    told = [f"- {name}: {json.dumps(value)}" for name, value in rest.items()]
+    return "\n".join([*table, "", *told, ""])
+
+
+def benchmark(
+    cfg: config.Config,
+    shape: Shape | None,
+    measures: Sequence[str] = USUAL,
+    *,
+    prompts: int = 64,
+    rounds: int = 5,
+    count: int = 2,
+    against: str | None = None,
+    compiled: bool = False,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """All that the command prints. count: steps of a round; command: flags for `start`."""
+    found: dict[str, Any] = {}
+    if "start" in measures:  # while no device is held here
+        found |= start(command)
+    here = machine(cfg.model.dtype)
+    versions = run.versions()
+    if {"step", "rehearsal", "fusion", "decode"} & set(measures):
+        if shape:
+            bench = plain(cfg, shape, prompts, count, *load(cfg))
+        else:
+            bench = real(cfg, prompts)
+        others = {}
+        if against == "torch":
+            others = beside("against_torch").sides(bench.job, compiled)
+            names = ("torch", "peft")
+            versions |= {name: importlib.metadata.version(name) for name in names}
+        eager = {k: v for k, v in others.items() if k == "torch"}
+        if "decode" in measures:  # while the adapters of the others are fresh
+            found |= decode(bench, eager, rounds)
+        if "step" in measures:
+            found |= step(bench, others, rounds, count, bool(shape))
+        if "rehearsal" in measures:
+            found |= rehearsal(bench, rounds, bool(shape))
+        if "fusion" in measures:
+            found |= fuse(bench, rounds, count)
+    if "idle" in measures:
+        found["idle"] = idle(cfg, rounds)
+    if "padding" in measures:
+        found["padding"] = padding(cfg)
+    if against == "release":
+        found |= beside("against_release").replay()
+    peak = PEAKS.get(jax.devices()[0].device_kind)
+    for row in found.values():
+        if "gflops" in row:
+            rate = row["gflops"] * 1e9 / row[here["clock"]] / jax.device_count()
+            row["of_matrix_rate"] = rate / here["matrix_flops_per_second"]
+            if peak:
+                row["mfu"] = rate / peak
+    return {
+        "measures": found,
+        "rounds": rounds,
+        "steps": count,
+        "machine": here,
+        "versions": versions,
+    }
+
+
+def beside(name: str) -> types.ModuleType:
+    """A module of tests/: it needs packages that nothing else here needs."""
+    file = pathlib.Path(aim_jax.__file__).parents[1] / "tests" / f"{name}.py"
+    if not file.is_file():
+        raise aim_jax.InputError(
+            f"--against: needs tests/{file.name} of a checkout of aim_jax"
+        )
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise aim_jax.InputError(
+            f"--against: {error}; pip install -r tests/requirements.txt"
+        ) from None
+
+
+def _with(cfg: config.Config, **sections: dict[str, Any]) -> config.Config:
+    """`cfg` with fields of sections changed."""
+    parts = {
+        name: dataclasses.replace(getattr(cfg, name), **values)
+        for name, values in sections.items()
+    }
+    return dataclasses.replace(cfg, **parts)
+
+
+def _prepared(cfg: config.Config) -> run.Job:
+    with tempfile.TemporaryDirectory() as folder:
+        return run.prepare(cfg, pathlib.Path(folder))
+
+
+def _second(job: run.Job) -> run.Lesson:
+    """The second task, with what is remembered of the first."""
+    if len(job.stream) < 2 or not job.memory:
+        raise aim_jax.InputError(
+            "the second task of a stream is measured, with what its method remembers of"
+            f" the first; this stream has {len(job.stream)} tasks, and the memory of method"
+            f" {job.cfg.method.name} {sum(map(len, job.memory))} rows"
+        )
+    return run.lesson(job, 1)
+
+
+def _state(bench: Bench, count: int) -> tuple[steps.State, Tree]:
+    """The state before `count` steps, and the arrays of the method's memo."""
+    job = bench.job
+    place = run.beginning(job, job.method)
+    state = steps.init(place.state.delta, count, jax.random.key(0), job.method)
+    return jax.device_put((state, place.memo.arrays), job.devices.replicated)
+
+
+def _forward(bench: Bench) -> plan.Work:
+    """Matrix products of a forward pass over a batch."""
+    job = bench.job
+    pure = steps.make(job.base.model, job.cfg, methods.Method())
+    chunk, _ = run.memory_batch(job, bench.task, [(1, 0)])
+    arguments = (job.base.params, _state(bench, 1)[0], (), chunk)
+    return plan.counted(jax.make_jaxpr(pure.probe)(*arguments).jaxpr)
+
+
+def _loss(bench: Bench, rows: list[batches.Example]) -> float:
+    """Mean loss of a token without dropout."""
+    job = bench.job
+    batch = batches.collate(job.text, [rows], len(rows))
+    placed = parallel.place(batch, job.devices)
+    total = job.steps.validate(job.base.params, run.fresh(job), placed)
+    return float(total) / float(batch["weights"].sum())
+
+
+def _row(name: str, way: Way, spent: dict[Any, dict[str, list[float]]]) -> dict:
+    """Figures of a way: a time, what it comes to a second, and how it compares."""
+    ours = spent[name, ""]
+    row: dict[str, Any] = {k: statistics.median(v) / way.times for k, v in ours.items()}
+    if way.tokens:
+        row["tokens_per_second"] = way.tokens / row["seconds"]
+    if way.flops:
+        row["gflops"] = way.flops / 1e9
+        row["gflops_per_second"] = row["gflops"] / row["seconds"]
+    if way.others:
+        row["against"] = {
+            o: _beside(ours, spent[name, o], way.times) for o in way.others
+        }
+    return row
+
+
+def _beside(ours: dict, theirs: dict, times: int) -> dict[str, float]:
+    """Their time, and the median over rounds of ours divided by theirs."""
+    found = {}
+    for clock, ratio in zip(CLOCKS, ("ratio", "processor_ratio"), strict=True):
+        pairs = zip(ours[clock], theirs[clock], strict=True)
+        found[clock] = statistics.median(theirs[clock]) / times
+        found[ratio] = statistics.median(a / b for a, b in pairs)
+    return found
 
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    with aim_jax.command(argv):
-        cfg = config.load(flags.FLAGS.config, flags.FLAGS.set)
-        idles = flags.FLAGS.measure == "idle"
-        made = idle(cfg, flags.FLAGS.rounds) if idles else padding(cfg)
-        print(json.dumps(made, indent=1))
+    # Other processes, and PyTorch in this one, need room on a GPU too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    flag = flags.FLAGS
+    with aim_jax.command(argv), tempfile.TemporaryDirectory() as scratch:
+        cfg = config.load(flag.config, flag.set)
+        cfg = with_weights(cfg, pathlib.Path(scratch))
+        small = Shape(flag.rows, flag.length or cfg.data.buckets[0], flag.target)
+        if flag.measure == ["first"]:
+            print(json.dumps(first(cfg, small)))
+            return
+        command = [f"--config={flag.config}", *(f"--set={s}" for s in flag.set)]
+        command += [f"--set=model.path={cfg.model.path}"]
+        command += [f"--{k}={v}" for k, v in small._asdict().items()]
+        result = benchmark(
+            cfg,
+            small if flag.length else None,
+            flag.measure,
+            prompts=flag.prompts,
+            rounds=flag.rounds,
+            count=flag.steps,
+            against=flag.against,
+            compiled=flag.compile,
+            command=command,
+        )
+        result = {"command": shlex.join(sys.orig_argv[1:]), **result}
+        text = json.dumps(result, indent=1)
+        if flag.out:
+            out = pathlib.Path(flag.out)
+            out.write_text(text + "\n")
+            out.with_suffix(".md").write_text(markdown(result))
+        else:
+            print(text)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
     flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
-    flags.DEFINE_enum("measure", "idle", ["idle", "padding"], "What to measure.")
-    flags.DEFINE_integer("rounds", 5, "Alternating rounds.", lower_bound=1)
+    flags.DEFINE_multi_enum("measure", USUAL, MEASURES, "May be repeated.")
+    flags.DEFINE_integer("length", None, "Random rows of so many tokens.", 1)
+    flags.DEFINE_integer("rows", 8, "With --length: rows of a batch.", 1)
+    flags.DEFINE_integer("target", 8, "With --length: tokens of an answer.", 1)
+    flags.DEFINE_integer("prompts", 64, "Rows to decode.", 2)
+    flags.DEFINE_integer("rounds", 5, "Alternating rounds.", 1)
+    flags.DEFINE_integer("steps", 2, "Steps of a round.", 1)
+    flags.DEFINE_enum("against", None, ["torch", "release"], "What to compare with.")
+    flags.DEFINE_bool("compile", False, "With --against=torch: torch.compile too.")
+    flags.DEFINE_string("out", None, "JSON file; a Markdown table comes beside it.")
     app.run(main)

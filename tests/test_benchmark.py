@@ -1,14 +1,247 @@
-"""The idle time of the device, measured on a short stream."""
+"""What the benchmark measures is consistent, and what it compares is the same work."""
 
+import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
+import golden
 import jax
 import numpy as np
 import pytest
 import test_run
+from fixtures import make_models
 
-from aim_jax import benchmark, run
+import aim_jax
+from aim_jax import benchmark, config, parallel, plan, run
+from aim_jax.data import batches
+from aim_jax.methods import sequential
+from aim_jax.models import hf
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+SHAPE = benchmark.Shape(rows=4, length=16, target=4)
+FAMILIES = {"t5": ("q", "v"), "qwen3": ("q_proj", "v_proj")}
+
+
+def of_family(name):
+    return test_run.make(
+        model__path=str(make_models.FOLDER / name), lora__target=FAMILIES[name]
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_figures_of_random_rows(name):
+    cfg = of_family(name)
+    made = benchmark.benchmark(
+        cfg,
+        SHAPE,
+        ("step", "rehearsal", "fusion", "decode"),
+        prompts=5,
+        rounds=2,
+        count=2,
+    )
+    found = json.loads(json.dumps(made))["measures"]
+    losses = found.pop("loss without dropout")
+    assert losses["here"] == pytest.approx(np.log(40), rel=0.5)
+    assert list(found) == [
+        "decoding, 5 rows",
+        "train step",
+        "probe",
+        "train step + probe",
+        "rehearsal step, 8 a call",
+        "fusion",
+    ]
+    # An encoder reads 16 tokens and a decoder has its 4 beside them, or in them.
+    tokens = SHAPE.rows * (20 if name == "t5" else 16)
+    train, probe, both, rehearsal = list(found.values())[1:5]
+    for row, count in ((train, 1), (probe, 1), (both, 2), (rehearsal, 1)):
+        assert row["seconds"] > 0 and row["processor_seconds"] >= 0
+        work = row["tokens_per_second"] * row["seconds"]
+        assert work == pytest.approx(count * tokens)
+        rate = row["gflops_per_second"] * row["seconds"]
+        assert rate == pytest.approx(row["gflops"])
+        assert "mfu" not in row  # of a CPU there is no peak
+    assert both["gflops"] == pytest.approx(train["gflops"] + probe["gflops"])
+    assert rehearsal["gflops"] == train["gflops"]
+    length = 20 if name == "t5" else 16  # the plan's has the answer in it always
+    planned = plan.programs(
+        benchmark.of_shape(cfg, SHAPE),
+        parallel.open_devices(config.Parallel(mode="jit")),
+        length,
+        SHAPE.target,
+    )
+    assert 1e9 * train["gflops"] == pytest.approx(planned["train"]().needed)
+    decoded = found["decoding, 5 rows"]
+    said = decoded["tokens_per_second"] * decoded["seconds"]
+    assert 0 <= round(said) <= 5 * SHAPE.target
+
+    lines = benchmark.markdown(made).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {n}" for n in found]
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_figures_of_real_rows():
+    """Rows of unequal length, as the run has them: no FLOPs are told."""
+    cfg = test_run.make()
+    bench = benchmark.real(cfg, 3)
+    found = benchmark.step(bench, {}, 1, 2, counting=False)
+    rows = [run.train_batch(bench.job, bench.task, s)[1] for s in (1, 2)]
+    work = found["train step"]["tokens_per_second"] * found["train step"]["seconds"]
+    assert work == pytest.approx(sum(map(batches.tokens, rows)) / 2)
+    assert "gflops" not in found["train step"]
+    assert [e.id for e in bench.prompts] == [
+        r["id"] for r in bench.job.stream[1].test[:3]
+    ]
+    decoded = benchmark.decode(bench, {}, 1)
+    assert list(decoded) == ["decoding, 3 rows"]
+
+
+def test_ways_alternate_after_a_warm_up():
+    called = []
+    calls = {
+        "a": (lambda: called.append("a"), lambda: called.append("warm a")),
+        "b": (lambda: called.append("b"), lambda: called.append("warm b")),
+    }
+    spent = benchmark.clocked(calls, 3)
+    assert called == ["warm a", "warm b", *"ababab"]
+    assert all(len(v) == 3 for of in spent.values() for v in of.values())
+
+
+def test_ratios_are_medians_of_rounds():
+    spent = {
+        ("x", ""): {"seconds": [2, 4, 60], "processor_seconds": [2, 2, 2]},
+        ("x", "y"): {"seconds": [4, 8, 10], "processor_seconds": [1, 4, 8]},
+    }
+    way = benchmark.Way(
+        lambda: None, 2, tokens=6, flops=8e9, others={"y": lambda: None}
+    )
+    row = benchmark._row("x", way, spent)
+    assert row["seconds"] == 2 and row["tokens_per_second"] == 3
+    assert row["gflops"] == 8 and row["gflops_per_second"] == 4
+    assert row["against"]["y"] == {
+        "seconds": 4,
+        "ratio": 0.5,
+        "processor_seconds": 2,
+        "processor_ratio": 0.5,
+    }
+
+
+def test_a_shape_without_weights_gets_random_ones(tmp_path):
+    source, made = tmp_path / "shape", tmp_path / "made"
+    source.mkdir()
+    shutil.copy(make_models.FOLDER / "qwen3" / "config.json", source)
+    cfg = test_run.make(model__path=str(source))
+    own = benchmark.with_weights(cfg, made)
+    assert own == dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, path=str(made))
+    )
+    params = hf.flatten(hf.load(own.model).params)
+    for path, value in params.items():
+        if "norm" in path:
+            assert (value == 1).all(), path
+        else:
+            assert 0.01 < value.std() < 0.03, path
+    # Weights that cannot be used are for `hf.load` to refuse.
+    (source / "pytorch_model.bin").touch()
+    assert benchmark.with_weights(cfg, made) is cfg
+
+
+def test_first_step_weights_and_memory():
+    name = "t5"
+    path = make_models.FOLDER / name
+    found = benchmark.start(
+        [f"--set=model.path={path}", "--length=16", "--rows=2", "--target=4"]
+    )
+    size = sum(x.size for x in jax.tree.leaves(hf.load(config.Model(str(path))).params))
+    weights = found.pop("loading of the weights")
+    assert weights["bytes"] == 4 * size
+    rate = weights["bytes_per_second"] * weights["seconds"]
+    assert rate == pytest.approx(weights["bytes"])
+    assert found.pop("peak memory")["bytes"] > weights["bytes"]
+    assert list(found) == [
+        "first step + probe, nothing compiled",
+        "first step + probe, compilation cache",
+    ]
+    assert all(v > 0 for row in found.values() for v in row.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pytorch_beside_it_does_the_same(name):
+    pytest.importorskip("peft")
+    made = benchmark.benchmark(
+        of_family(name),
+        SHAPE,
+        ("step", "decode"),
+        prompts=5,
+        rounds=1,
+        count=1,
+        against="torch",
+    )
+    found = made["measures"]
+    losses = found["loss without dropout"]
+    assert losses["torch"] == pytest.approx(losses["here"], rel=1e-5)
+    (decoded,) = (row for key, row in found.items() if key.startswith("decoding"))
+    assert list(decoded["against"]) == ["torch, one by one", "torch, batched"]
+    for row in decoded["against"].values():
+        assert row["same_rows"] == 5
+    for key in ("train step", "probe", "train step + probe"):
+        beside = found[key]["against"]["torch"]
+        assert beside["ratio"] == pytest.approx(
+            found[key]["seconds"] / beside["seconds"]
+        )
+    assert "torch" in made["versions"]
+
+
+def test_what_is_compared_with_must_be_there(monkeypatch, tmp_path):
+    def missing(name):
+        raise ImportError("No module named 'torch'")
+
+    monkeypatch.setattr(benchmark.importlib, "import_module", missing)
+    with pytest.raises(
+        aim_jax.InputError, match="No module named 'torch'; pip install"
+    ):
+        benchmark.beside("against_torch")
+    monkeypatch.setattr(aim_jax, "__file__", str(tmp_path / "aim_jax" / "__init__.py"))
+    with pytest.raises(aim_jax.InputError, match="needs tests/against_torch.py of a"):
+        benchmark.beside("against_torch")
+
+
+@golden.needed
+def test_seconds_of_the_release():
+    """For the recorded merges they are the recorded ones, however often a part ran."""
+    against_release = benchmark.beside("against_release")
+    merges, expected = [], 0.0
+    for number, name in enumerate(golden.CONTINUAL):
+        data = golden.trace(name)
+        steps = data.get("merge_M", np.zeros(0)).tolist()
+        merges += [{"task": number, "rehearsal": m} for m in steps]
+    for task in golden.read("tasks.json"):
+        if task["mode"] == "ours":
+            parts = [part for part in task["time"].values() if part]
+            expected += sum(part["n"] * part["cpu_mean_s"] for part in parts)
+    cfg = golden.settings()
+    found = against_release.released(cfg, merges, len(golden.CONTINUAL))
+    training, evaluation, whole = (row["processor_seconds"] for row in found.values())
+    assert training == pytest.approx(expected)
+    assert evaluation == pytest.approx(1000 * 0.0145, rel=0.01)
+    assert whole == training + evaluation
+
+
+@pytest.mark.slow
+@golden.needed
+def test_the_recorded_run_again():
+    kept = run.run, run.train_batch, run.fresh
+    found = benchmark.beside("against_release").replay()
+    assert (run.run, run.train_batch, run.fresh) == kept
+    recorded = [golden.trace(name) for name in golden.CONTINUAL]
+    assert found["work"]["steps"] == sum(len(data["lr"]) for data in recorded)
+    assert found["work"]["probes"] == sum(
+        len(d.get("probe_loss", ())) for d in recorded
+    )
+    parts = [found[name]["seconds"] for name in ("training", "evaluation", "whole run")]
+    assert parts[0] + parts[1] <= parts[2]
 
 
 def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
@@ -27,7 +260,6 @@ def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
     assert len(plain) == len(speculative) == rounds + 1  # the first is not timed
     for delta in (*plain[1:], *speculative):
         jax.tree.map(np.testing.assert_array_equal, plain[0], delta)
-    assert made["rounds"] == rounds
     assert made["steps"] == 24 / 4
     spent = made["milliseconds a step"]
     assert set(spent) == {"device", "plain", "speculative"}
@@ -55,3 +287,16 @@ def test_bad_input_is_one_line():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --set train.epocs=3: no train field 'epocs'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_decoders_row_holds_its_answer():
+    cfg = of_family("qwen3")
+    with pytest.raises(aim_jax.InputError, match="--length 4: a decoder's row has"):
+        benchmark.plain(cfg, SHAPE._replace(length=4), 1, 1, *benchmark.load(cfg))
+
+
+def test_the_second_task_needs_a_memory_of_the_first():
+    with pytest.raises(
+        aim_jax.InputError, match="this stream has 3 tasks, and the mem"
+    ):
+        benchmark.real(test_run.make(sequential.Options()), 1)

@@ -1,0 +1,162 @@
+"""The recorded run of the PyTorch release, run by this package and timed beside it.
+
+`python -m aim_jax.benchmark --against release`. The recording (tests/golden.py) has seconds
+of each part, taken on one thread of another machine of this class: hold the ratios of
+processor times for rough, those of wall times for rougher.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+import golden
+from test_golden import Kit
+
+import aim_jax
+from aim_jax import benchmark, config, parallel, run
+from aim_jax.data import batches
+
+# Clock here -> its mean in the recording.
+RECORDED = {"seconds": "wall_mean_s", "processor_seconds": "cpu_mean_s"}
+
+
+def replay() -> dict[str, Any]:
+    """Rows `training`, `evaluation` and `whole run`, beside the release's.
+
+    The main job in the `release` preset, from the recorded first adapter, on the recorded
+    batches of each step and probe. Training has steps, probes, rehearsal, merges and
+    validation, compiling and files; of the release's, the recorded seconds of a step, a
+    probe, ... times how many this run had. Evaluation likewise, by the sample.
+    """
+    if not golden.FOLDER.is_dir():
+        raise aim_jax.InputError(
+            f"--against release: no recorded run in {golden.FOLDER}; see AIM_JAX_GOLDEN"
+        )
+    kit = Kit()
+    cfg = dataclasses.replace(
+        kit.cfg,
+        data=dataclasses.replace(kit.cfg.data, buckets=config.Data().buckets),
+        eval=dataclasses.replace(kit.cfg.eval, fwt=False),
+        logs=config.Logs(progress=False),
+    )
+    spent = collections.defaultdict(collections.Counter)
+    kept = {name: getattr(run, name) for name in PATCHED}
+    try:
+        feed(kit)
+        for part in ("train_task", "evaluate_task", "run"):
+            setattr(run, part, clocked(part, spent))
+        with tempfile.TemporaryDirectory() as folder:
+            results = run.run(cfg, pathlib.Path(folder) / "run")
+            merges = (pathlib.Path(folder) / "run" / "merges.jsonl").read_text()
+    finally:
+        for name, original in kept.items():
+            setattr(run, name, original)
+    made = [json.loads(line) for line in merges.splitlines()]
+    rows = released(cfg, made, len(results["tasks"]))
+    parts = {"training": "train_task", "evaluation": "evaluate_task"}
+    found = {}
+    for name, part in (*parts.items(), ("whole run", "run")):
+        ours = spent[part]
+        theirs = rows[name]
+        found[name] = dict(ours) | {
+            "against": {
+                "release": {
+                    **theirs,
+                    "ratio": ours["seconds"] / theirs["seconds"],
+                    "processor_ratio": ours["processor_seconds"]
+                    / theirs["processor_seconds"],
+                }
+            }
+        }
+    found["work"] = results["work"] | {"merges": len(made)}
+    return found
+
+
+PATCHED = (
+    "fresh",
+    "train_batch",
+    "memory_batch",
+    "train_task",
+    "evaluate_task",
+    "run",
+)
+
+
+def feed(kit: Kit) -> None:
+    """Let runs begin with the recorded adapter, and read the recorded batches."""
+    start = kit.tree(golden.trace(golden.CONTINUAL[0])["lora_start"])
+    draw = run.memory_batch
+
+    def train_batch(job: run.Job, task: run.Lesson, step: int) -> tuple:
+        data, train = golden.trace(golden.CONTINUAL[task.number]), job.cfg.train
+        micros = data["mb_rows"][data["mb_step"] == step]
+        chosen = [golden.examples(data, rows) for rows in micros]
+        batch = batches.collate(job.text, chosen, train.micro_batch_size, train.average)
+        return parallel.place(batch, job.devices), [e for m in chosen for e in m]
+
+    def memory_batch(job: run.Job, task: run.Lesson, places: list) -> tuple:
+        if len(places) > 1 or places[0][1]:  # rehearsal: how much, this run decides
+            return draw(job, task, places)
+        data = golden.trace(golden.CONTINUAL[task.number])
+        chosen = [golden.examples(data, data["probe_rows"][places[0][0] - 1])]
+        rows = job.cfg.memory.batch_size
+        batch = batches.stack(job.text, chosen, rows)
+        return parallel.place(batch, job.devices), chosen
+
+    run.fresh = lambda job, number=0: start
+    run.train_batch, run.memory_batch = train_batch, memory_batch
+
+
+def clocked(name: str, spent: dict[str, collections.Counter]) -> Any:
+    """A function of `run` that adds the time of its calls up."""
+    call = getattr(run, name)
+
+    @functools.wraps(call)
+    def timed(*args: Any) -> Any:
+        began = {k: clock() for k, clock in benchmark.CLOCKS.items()}
+        made = call(*args)
+        spent[name].update({k: c() - began[k] for k, c in benchmark.CLOCKS.items()})
+        return made
+
+    return timed
+
+
+def released(
+    cfg: config.Config, merges: list[dict[str, Any]], tasks: int
+) -> dict[str, dict[str, float]]:
+    """The release's seconds for the work of a run with these merges, by part and clock."""
+    recorded = {
+        task["task"]: task
+        for task in golden.read("tasks.json")
+        if task["mode"] == "ours"
+    }
+    sample = golden.read("metrics.json")["generation_seconds_per_sample"]
+    rows = sum(
+        len(golden.read(f"data/test/{t}_T5.json.gz")) * (tasks - i)
+        for i, t in enumerate(cfg.data.tasks)
+    )
+    found: dict[str, dict[str, float]] = {"training": {}, "evaluation": {}}
+    for clock, mean in RECORDED.items():
+        total = 0.0
+        for number in range(tasks):
+            task = recorded[number]
+            rehearsed = sum(m["rehearsal"] for m in merges if m["task"] == number)
+            counts = {
+                "forward_backward_micro": task["microbatches"],
+                "optimizer_step": task["steps"],
+                "probe": task["steps"],
+                "evaluation": len(task["eval"]),
+                "outer_forward_backward": rehearsed,
+                "outer_optimizer": rehearsed,
+            }
+            times = task["time"]
+            total += sum(n * times[k][mean] for k, n in counts.items() if times[k])
+        found["training"][clock] = total
+        found["evaluation"][clock] = rows * sample[mean.split("_")[0]]
+    parts = list(found.values())
+    found["whole run"] = {k: sum(part[k] for part in parts) for k in RECORDED}
+    return found
