@@ -133,7 +133,7 @@ def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable
         return _exact(step, devices, batch, chunk=args > batch + 1)
     if devices.mode == "jit":
         # Said, so that no state comes back split and is compiled for anew.
-        return jax.jit(step, out_shardings=devices.replicated)
+        return jax.jit(within(step, devices), out_shardings=devices.replicated)
     axis = Axis(lambda: jax.lax.axis_index(AXIS), lambda x: jax.lax.psum(x, AXIS))
     return jax.pmap(
         functools.partial(step, axis=axis),
@@ -142,6 +142,17 @@ def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable
         out_axes=None,
         devices=list(devices.mesh.devices.flat),
     )
+
+
+def within(step: Callable, devices: Devices) -> Callable:
+    """`step`, which knows the mesh while it is traced (`layers.by_rows`)."""
+
+    @functools.wraps(step)
+    def run(*args: Tree, **named: Tree) -> Tree:
+        with jax.sharding.use_abstract_mesh(devices.mesh.abstract_mesh):
+            return step(*args, **named)
+
+    return run
 
 
 def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:

@@ -306,8 +306,10 @@ def collective_bytes(text: str, turns: int = 1) -> float:
     """Bytes that a chip sends in one call of a compiled program, given as HLO text.
 
     A loop counts the turns that the compiler knows, or that its condition compares its
-    counter with, else `turns`.
+    counter with, else `turns`. A collective that is spread over several fusions has one
+    channel, and counts once.
     """
+    channels = set()
     parts = dict(
         re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
     )
@@ -322,7 +324,9 @@ def collective_bytes(text: str, turns: int = 1) -> float:
             found = re.search(
                 r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line
             )
-            if found:
+            channel = re.search(r"channel_id=(\d+)", line)
+            if found and not (channel and channel[1] in channels):
+                channels.add(channel and channel[1])
                 shapes, kind, start = found.groups()
                 sizes = [
                     _WIDTH.get(dtype, 4)

@@ -28,6 +28,14 @@ HLO = """HloModule step
   %w = bf16[8,4]{1,0} all-gather(bf16[2,4]{1,0} %q), replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%first (a: f32[16]) -> f32[16] {
+  ROOT %x = f32[16] all-reduce(f32[16] %a), channel_id=7, replica_groups={{0,1},{2,3}}
+}
+
+%second (a: f32[16]) -> f32[16] {
+  ROOT %y = f32[16] all-reduce(f32[16] %a), channel_id=7, replica_groups={{0,1},{2,3}}
+}
+
 %condition (p: (s32[], bf16[8,4])) -> pred[] {
   LIMIT
   %p = (s32[], bf16[8,4]) parameter(0)
@@ -35,6 +43,8 @@ HLO = """HloModule step
 
 ENTRY %main (a: f32[16]) -> f32[16] {
   %a = f32[16] parameter(0)
+  %half = f32[16] fusion(f32[16] %a), kind=kCustom, calls=%first
+  %other = f32[16] fusion(f32[16] %a), kind=kCustom, calls=%second
   %loop = (s32[], bf16[8,4]) while((s32[], bf16[8,4]) %t), condition=%condition, body=%body, KNOWN
   ROOT %r = f32[16] all-reduce(f32[16] %a), replica_groups={{0,1},{2,3}}, to_apply=%add
 }
@@ -56,7 +66,8 @@ def test_bytes_of_collectives(known, limit, times, group):
     found = plan.collective_bytes(text, turns=5)
     gathered = 8 * 4 * 2 * 3 / 4
     reduced = 16 * 4 * 2 * 1 / 2
-    assert found == times * gathered + reduced
+    # One of the entry, and one of two fusions.
+    assert found == times * gathered + 2 * reduced
 
 
 def test_flops_of_a_forward_pass():
@@ -122,8 +133,11 @@ def test_command_on_cpu_devices():
     (row,) = map(json.loads, done.stdout.splitlines())
     assert row["program"] == "probe"
     assert row["bytes"] > row["argument_bytes"] > 0
-    assert row["collective_bytes"] > 0
     assert row["flops"] == row["needed_flops"] > 0
+    # What crosses devices are the split weights, whatever the rows hold.
+    longer = command(*SMALL, "--devices=2", "--program=probe", "--json", "--length=64")
+    moved = json.loads(longer.stdout)["collective_bytes"]
+    assert moved == row["collective_bytes"] > 0
 
 
 @pytest.mark.parametrize("remat, more", [("none", 0), ("full", 0.5)])

@@ -337,7 +337,7 @@ class Layer(nn.Module):
         x = x[:, -self.keep :] + (norm("attention_out_norm", h) if c.sandwich else h)
         h = MLP(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("mlp_out_norm", h) if c.sandwich else h)
-        return x, cache if self.caching else None
+        return layers.by_rows(x), cache if self.caching else None
 
 
 class Model(nn.Module):

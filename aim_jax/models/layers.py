@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -187,7 +188,7 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.weight, tokens, axis=0).astype(self.dtype)
+        return by_rows(jnp.take(self.weight, tokens, axis=0).astype(self.dtype))
 
     def attend(self, x: jax.Array) -> jax.Array:
         return logits(x, self.weight)
@@ -201,6 +202,20 @@ def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
         weight.astype(x.dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """x (b, ...) split by rows over the axis `data` of the mesh that a step runs on.
+
+    Said of activations, so that a product gathers the split weights (FSDP) and not the
+    rows. Without a mesh (as in decoding, where rows are fewer than weights), and for rows
+    that it does not divide, nothing is said.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.auto_axes or x.shape[0] % mesh.shape["data"]:
+        return x
+    free = (P.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P("data", *free))
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -256,7 +256,7 @@ class Layer(nn.Module):
             )
             x = x + dropout(h)
         x = x + dropout(MLP(c, name="mlp")(norm("mlp_norm")))
-        return x, cache and {"own": own, "cross": cross}
+        return layers.by_rows(x), cache and {"own": own, "cross": cross}
 
 
 class Stack(nn.Module):
