@@ -65,11 +65,15 @@ class Shape(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What is measured on: a job and one of its tasks, and rows to decode."""
+    """What is measured on: a job and one of its tasks, and rows to decode.
+
+    equal: all rows to train on are of one length, so that FLOPs can be told.
+    """
 
     job: run.Job
     task: run.Lesson
     prompts: list[batches.Example]
+    equal: bool
 
 
 class Way(NamedTuple):
@@ -120,20 +124,18 @@ def of_shape(cfg: config.Config, shape: Shape) -> config.Config:
 def load(cfg: config.Config) -> tuple[parallel.Devices, hf.Base]:
     """The devices and the base on them."""
     devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
-    base = hf.load(cfg.model, devices)
-    jax.block_until_ready(base.params)
-    return devices, base
+    return devices, hf.load(cfg.model, devices)
 
 
 def plain(
     cfg: config.Config,
     shape: Shape,
     prompts: int,
-    batches_: int,
+    count: int,
     devices: parallel.Devices,
     base: hf.Base,
 ) -> Bench:
-    """A job on random rows, without data and tokenizer; prompts are of unequal length."""
+    """A job on `count` batches of random rows; its prompts are of unequal length."""
     rows, length, target = shape
     kind = base.family.KIND
     inputs = length if kind == "encdec" else length - target
@@ -143,8 +145,9 @@ def plain(
         )
     own, cfg = cfg, of_shape(cfg, shape)
     buckets = (*(n for n in own.data.buckets if n < length), length)
-    eos = json.loads((hf.directory(cfg.model.path) / "config.json").read_text())
-    tokenizer = types.SimpleNamespace(eos_token_id=eos.get("eos_token_id", 1))
+    told = json.loads((hf.directory(cfg.model.path) / "config.json").read_text())
+    eos = int(np.ravel(told.get("eos_token_id") or 1)[0])  # of several the first
+    tokenizer = types.SimpleNamespace(eos_token_id=eos)
     data = dataclasses.replace(cfg.data, buckets=buckets)
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
@@ -155,7 +158,7 @@ def plain(
         text=batches.Text(tokenizer, kind, data, devices.count),
         devices=devices,
         steps=run.compile_steps(base, cfg, devices, method),
-        decode=evaluate.greedy(base.model, tokenizer.eos_token_id, cfg),
+        decode=evaluate.greedy(base.model, eos, cfg),
         method=method,
         work=collections.Counter(),
     )
@@ -163,107 +166,106 @@ def plain(
     vocabulary = hf.flatten(base.params)[base.family.EMBEDDING].shape[0]
 
     def examples(lengths: Sequence[int]) -> list[batches.Example]:
-        sizes = [(n, target) for n in lengths]
-        drawn = [
-            [random.integers(3, vocabulary, n, np.int32) for n in s] for s in sizes
-        ]
-        return [batches.Example(str(i), *row) for i, row in enumerate(drawn)]
+        def tokens(n: int) -> np.ndarray:
+            return random.integers(3, vocabulary, n, np.int32)
 
-    equal = [inputs] * rows * batches_
+        return [
+            batches.Example(str(i), tokens(n), tokens(target))
+            for i, n in enumerate(lengths)
+        ]
+
+    equal = [inputs] * rows * count
     task = run.Lesson("random", 1, examples(equal), [], examples(equal), (0, 0))
     unequal = random.integers(-(-inputs // 8), inputs + 1, prompts)
-    return Bench(job, task, examples(unequal))
+    return Bench(job, task, examples(unequal), equal=True)
 
 
 def real(cfg: config.Config, prompts: int) -> Bench:
     """The second task of the config's stream."""
     job = _prepared(cfg)
     task, rows = _second(job), job.stream[1].test[:prompts]
-    return Bench(job, task, batches.encode(job.text, rows, truncate=False))
+    prompts_ = batches.encode(job.text, rows, truncate=False)
+    return Bench(job, task, prompts_, equal=False)
 
 
 def step(
-    bench: Bench, others: Mapping[str, Any], rounds: int, count: int, counting: bool
+    bench: Bench, others: Mapping[str, Any], rounds: int, count: int
 ) -> dict[str, Any]:
-    """Train step, probe, and one after the other, on `count` batches.
-
-    counting: FLOPs are told; all rows must be of one length.
-    """
-    job, task, _ = bench
+    """Train step, probe, and one after the other, on `count` batches."""
+    job, task = bench.job, bench.task
     base, (state, memo) = job.base.params, _state(bench, count)
-    made = [
-        (run.train_batch(job, task, s), run.memory_batch(job, task, [(s, 0)]))
-        for s in range(1, count + 1)
-    ]
+    trained = [run.train_batch(job, task, s) for s in range(1, count + 1)]
+    probed = [run.memory_batch(job, task, [(s, 0)]) for s in range(1, count + 1)]
     micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
-    trained = [
-        [rows[i : i + micro] for i in range(0, len(rows), micro)]
-        for (_, rows), _ in made
+    micros = [
+        [rows[i : i + micro] for i in range(0, len(rows), micro)] for _, rows in trained
     ]
-    recalled = [rows for _, (_, (rows,)) in made]
+    recalled = [rows for _, (rows,) in probed]
 
     def train() -> Any:
         after = state
-        for (batch, _), _ in made:
+        for batch, _ in trained:
             after, measures = job.steps.train(base, after, memo, batch)
         return after, measures
 
     def probe() -> Any:
-        return [job.steps.probe(base, state, memo, chunk) for _, (chunk, _) in made]
+        return [job.steps.probe(base, state, memo, chunk) for chunk, _ in probed]
 
     def both() -> Any:
-        after, histories = state, []
-        for (batch, _), (chunk, _) in made:
+        after, read = state, []
+        for (batch, _), (chunk, _) in zip(trained, probed, strict=True):
             after, measures = job.steps.train(base, after, memo, batch)
-            histories.append(job.steps.probe(base, after, memo, chunk))
-        return after, measures, histories
+            read.append((measures, job.steps.probe(base, after, memo, chunk)))
+        return after, read
 
-    def elsewhere(call: Callable) -> dict[str, Callable]:
+    def theirs(call: Callable) -> dict[str, Callable]:
         return {name: functools.partial(call, side) for name, side in others.items()}
 
-    theirs = {
-        "train step": lambda side: [side.train(rows) for rows in trained],
-        "probe": lambda side: [side.probe(rows) for rows in recalled],
-        "train step + probe": lambda side: [
-            (side.train(rows), side.probe(recall))
-            for rows, recall in zip(trained, recalled, strict=True)
-        ],
-    }
-    ours = {"train step": train, "probe": probe, "train step + probe": both}
-    tokens = [
-        sum(batches.tokens(rows) for (_, rows), _ in made) / count,
-        sum(map(batches.tokens, recalled)) / count,
-    ]
-    flops = [0.0, 0.0]
-    if counting:
-        forward = _forward(bench)
-        flops = [forward.trained, forward.flops]
-    of = {
-        name: (sum(tokens[part]), sum(flops[part]))
-        for name, part in zip(ours, (slice(1), slice(1, 2), slice(2)), strict=True)
-    }
+    def train_and_probe(side: Any) -> None:
+        for rows, recall in zip(micros, recalled, strict=True):
+            side.train(rows)
+            side.probe(recall)
+
+    learnt = sum(batches.tokens(rows) for _, rows in trained) / count
+    read = sum(map(batches.tokens, recalled)) / count
+    once = _forward(bench)
+    train_flops, flops = once.trained, once.flops
     ways = {
-        name: Way(call, count, *of[name], elsewhere(theirs[name]))
-        for name, call in ours.items()
+        "train step": Way(
+            train,
+            count,
+            learnt,
+            train_flops,
+            theirs(lambda side: [side.train(rows) for rows in micros]),
+        ),
+        "probe": Way(
+            probe,
+            count,
+            read,
+            flops,
+            theirs(lambda side: [side.probe(rows) for rows in recalled]),
+        ),
+        "train step + probe": Way(
+            both, count, learnt + read, train_flops + flops, theirs(train_and_probe)
+        ),
     }
     losses = {"here": _loss(bench, recalled[0])}
     losses |= {name: side.loss(recalled[0]) for name, side in others.items()}
     return timed(ways, rounds) | {"loss without dropout": losses}
 
 
-def rehearsal(bench: Bench, rounds: int, counting: bool) -> dict[str, Any]:
+def rehearsal(bench: Bench, rounds: int) -> dict[str, Any]:
     """A step of rehearsal, in a call of `run.CHUNK`."""
-    job, task, _ = bench
-    count, (state, memo) = run.CHUNK, _state(bench, run.CHUNK)
+    job, count = bench.job, run.CHUNK
+    state, memo = _state(bench, count)
     places = [(1, number) for number in range(1, count + 1)]
-    chunk, rows = run.memory_batch(job, task, places)
+    chunk, rows = run.memory_batch(job, bench.task, places)
 
     def call() -> Any:
         return job.steps.rehearse(job.base.params, state, memo, chunk, count)
 
     tokens = sum(map(batches.tokens, rows)) / count
-    flops = _forward(bench).trained if counting else 0
-    way = Way(call, count, tokens, flops)
+    way = Way(call, count, tokens, _forward(bench).trained)
     return timed({f"rehearsal step, {count} a call": way}, rounds)
 
 
@@ -282,7 +284,7 @@ def decode(bench: Bench, others: Mapping[str, Any], rounds: int) -> dict[str, An
 
     The others decode them one by one, as the release does, and in batches as they come.
     """
-    job, _, prompts = bench
+    job, prompts = bench.job, bench.prompts
     delta, said = run.fresh(job), {}
 
     def ours() -> None:
@@ -314,6 +316,7 @@ def start(command: Sequence[str]) -> dict[str, Any]:
 
     command: the flags of processes that measure `first`.
     """
+    words = [sys.executable, "-m", "aim_jax.benchmark", "--measure=first"]
     runs = []
     with tempfile.TemporaryDirectory() as cache:
         own = {
@@ -323,36 +326,22 @@ def start(command: Sequence[str]) -> dict[str, Any]:
         for _ in range(2):
             began = time.time()
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "aim_jax.benchmark",
-                    "--measure=first",
-                    *command,
-                ],
-                env=os.environ | own,
-                capture_output=True,
-                text=True,
+                [*words, *command], env=os.environ | own, capture_output=True, text=True
             )
             if done.returncode:
                 raise aim_jax.InputError(f"--measure start: {done.stderr.strip()}")
             runs.append(json.loads(done.stdout) | {"began": began})
-    warm = runs[-1]
-    rows = {
-        f"first step + probe, {cache}": {
+    weights, found = runs[-1]["weights"], {}
+    for cache, r in zip(("nothing compiled", "compilation cache"), runs, strict=True):
+        found[f"first step + probe, {cache}"] = {
             "seconds": r["ended"] - r["began"] - r["weights"]["seconds"],
             "processor_seconds": r["processor_seconds"],
         }
-        for cache, r in zip(
-            ("nothing compiled", "compilation cache"), runs, strict=True
-        )
-    }
-    weights = warm["weights"] | {
-        "bytes_per_second": warm["weights"]["bytes"] / warm["weights"]["seconds"]
-    }
-    return rows | {
-        "loading of the weights": weights,
-        "peak memory": {"bytes": warm["peak_bytes"]},
+    size = weights["bytes"]
+    rate = {"bytes_per_second": size / weights["seconds"]}
+    return found | {
+        f"loading of the weights, {size / 1e9:.3g} GB": weights | rate,
+        "peak memory": {"bytes": runs[-1]["peak_bytes"]},
     }
 
 
@@ -361,9 +350,7 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
 
     processor_seconds: of the process until then, without the loading of the weights.
     """
-    began = [clock() for clock in CLOCKS.values()]
-    devices, base = load(cfg)
-    spent = [clock() - b for clock, b in zip(CLOCKS.values(), began, strict=True)]
+    (devices, base), spent = elapsed(lambda: load(cfg))
     bench = plain(cfg, shape, 1, 1, devices, base)
     job, (state, memo) = bench.job, _state(bench, 1)
     batch, _ = run.train_batch(job, bench.task, 1)
@@ -374,9 +361,9 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "ended": time.time(),
-        "processor_seconds": time.process_time() - spent[1],
+        "processor_seconds": time.process_time() - spent["processor_seconds"],
         "weights": {
-            **dict(zip(CLOCKS, spent, strict=True)),
+            **spent,
             "bytes": sum(x.nbytes for x in jax.tree.leaves(base.params)),
         },
         "peak_bytes": stats.get(
@@ -406,11 +393,17 @@ def clocked(
         jax.block_until_ready(warm())
     for _ in range(rounds):
         for key, (call, _) in calls.items():
-            began = {name: clock() for name, clock in CLOCKS.items()}
-            jax.block_until_ready(call())
-            for name, clock in CLOCKS.items():
-                spent[key][name].append(clock() - began[name])
+            for name, seconds in elapsed(call)[1].items():
+                spent[key][name].append(seconds)
     return spent
+
+
+def elapsed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What a call returns, once it is there, and its seconds by each of `CLOCKS`."""
+    began = [clock() for clock in CLOCKS.values()]
+    made = jax.block_until_ready(call())
+    pairs = zip(CLOCKS.items(), began, strict=True)
+    return made, {name: clock() - then for (name, clock), then in pairs}
 
 
 def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
@@ -567,8 +560,14 @@ def benchmark(
     compiled: bool = False,
     command: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All that the command prints. count: steps of a round; command: flags for `start`."""
+    """All that the command prints. count: steps of a round; command: flags for `start`.
+
+    Against the release, its recorded run is measured, in place of `cfg`.
+    """
     found: dict[str, Any] = {}
+    if against == "release":
+        measures = ()
+        found = beside("against_release").replay()
     if "start" in measures:  # while no device is held here
         found |= start(command)
     here = machine(cfg.model.dtype)
@@ -587,17 +586,15 @@ def benchmark(
         if "decode" in measures:  # while the adapters of the others are fresh
             found |= decode(bench, eager, rounds)
         if "step" in measures:
-            found |= step(bench, others, rounds, count, bool(shape))
+            found |= step(bench, others, rounds, count)
         if "rehearsal" in measures:
-            found |= rehearsal(bench, rounds, bool(shape))
+            found |= rehearsal(bench, rounds)
         if "fusion" in measures:
             found |= fuse(bench, rounds, count)
     if "idle" in measures:
         found["idle"] = idle(cfg, rounds)
     if "padding" in measures:
         found["padding"] = padding(cfg)
-    if against == "release":
-        found |= beside("against_release").replay()
     peak = PEAKS.get(jax.devices()[0].device_kind)
     for row in found.values():
         if "gflops" in row:
@@ -665,8 +662,10 @@ def _state(bench: Bench, count: int) -> tuple[steps.State, Tree]:
 
 
 def _forward(bench: Bench) -> plan.Work:
-    """Matrix products of a forward pass over a batch."""
+    """Matrix products of a forward pass over a batch, where they can be told."""
     job = bench.job
+    if not bench.equal:
+        return plan.Work()
     pure = steps.make(job.base.model, job.cfg, methods.Method())
     chunk, _ = run.memory_batch(job, bench.task, [(1, 0)])
     arguments = (job.base.params, _state(bench, 1)[0], (), chunk)
@@ -714,6 +713,9 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flag = flags.FLAGS
     with aim_jax.command(argv), tempfile.TemporaryDirectory() as scratch:
+        out = pathlib.Path(flag.out) if flag.out else None
+        if out and not out.parent.is_dir():
+            raise aim_jax.InputError(f"--out {out}: no folder '{out.parent}'")
         cfg = config.load(flag.config, flag.set)
         cfg = with_weights(cfg, pathlib.Path(scratch))
         small = Shape(flag.rows, flag.length or cfg.data.buckets[0], flag.target)
@@ -736,8 +738,7 @@ def main(argv: list[str]) -> None:
         )
         result = {"command": shlex.join(sys.orig_argv[1:]), **result}
         text = json.dumps(result, indent=1)
-        if flag.out:
-            out = pathlib.Path(flag.out)
+        if out:
             out.write_text(text + "\n")
             out.with_suffix(".md").write_text(markdown(result))
         else:

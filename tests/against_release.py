@@ -117,9 +117,8 @@ def clocked(name: str, spent: dict[str, collections.Counter]) -> Any:
 
     @functools.wraps(call)
     def timed(*args: Any) -> Any:
-        began = {k: clock() for k, clock in benchmark.CLOCKS.items()}
-        made = call(*args)
-        spent[name].update({k: c() - began[k] for k, c in benchmark.CLOCKS.items()})
+        made, seconds = benchmark.elapsed(lambda: call(*args))
+        spent[name].update(seconds)
         return made
 
     return timed
