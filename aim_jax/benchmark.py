@@ -214,8 +214,9 @@ def step(
     def both() -> Any:
         after, read = state, []
         for (batch, _), (chunk, _) in zip(trained, probed, strict=True):
-            after, measures = job.steps.train(base, after, memo, batch)
-            read.append((measures, job.steps.probe(base, after, memo, chunk)))
+            given = base, after, memo, batch, chunk
+            after, *signals = job.steps.train_and_probe(*given)
+            read.append(signals)
         return after, read
 
     def theirs(call: Callable) -> dict[str, Callable]:
@@ -355,9 +356,9 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     job, (state, memo) = bench.job, _state(bench, 1)
     batch, _ = run.train_batch(job, bench.task, 1)
     chunk, _ = run.memory_batch(job, bench.task, [(1, 0)])
-    state, measures = job.steps.train(base.params, state, memo, batch)
-    history = job.steps.probe(base.params, state, memo, chunk)
-    jax.block_until_ready((state, measures, history))
+    jax.block_until_ready(
+        job.steps.train_and_probe(base.params, state, memo, batch, chunk)
+    )
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "ended": time.time(),
@@ -419,7 +420,7 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
     state = steps.init(delta, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), delta, math.inf)
     # It probes and never merges, so that all ways do the same work.
-    watcher = methods.Method(memory=True, probe=True)
+    watcher = methods.Method(memory=True, probe=1)
     total = batches.total_steps(len(task.train), cfg.train)
     ready = [
         (run.train_batch(job, task, s)[0], run.memory_batch(job, task, [(s, 0)])[0])
@@ -438,8 +439,9 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
         after, histories = steps.init(delta, total, jax.random.key(0)), []
         after = jax.device_put(after, job.devices.replicated)
         for batch, memory in ready:
-            after, _ = job.steps.train(job.base.params, after, (), batch)
-            histories.append(job.steps.probe(job.base.params, after, (), memory))
+            given = job.base.params, after, (), batch, memory
+            after, _, history = job.steps.train_and_probe(*given)
+            histories.append(history)
         return after, histories
 
     ways = {

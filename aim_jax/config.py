@@ -227,6 +227,7 @@ BOUNDS = {
             "lora.r",
             "method.interval",
             "method.every",
+            "method.probe_every",
             "method.min_interval",
             "method.max_interval",
             "method.window",

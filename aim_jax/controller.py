@@ -30,6 +30,7 @@ class Rules(Protocol):
     window: int
     shrink: float
     grow: float
+    probe_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +62,13 @@ def start(rules: Rules) -> Controller:
 def observe(control: Controller, rules: Rules, step: int, history: float) -> Controller:
     """The controller after the memory loss `history` of `step` (3.3).
 
-    The first int(2S/3) + 1 losses of an interval make the threshold; later ones are
-    counted when they reach it. A merge is forced when none did until G + S.
+    The losses of the first int(2S/3) + 1 steps of an interval make the threshold; later
+    ones are counted when they reach it. A merge is forced when none did until G + S.
     """
     if control.threshold is None:
         losses = (*control.losses, history)
         threshold = None
-        if len(losses) > int(control.interval * 2 / 3):
+        if len(losses) * rules.probe_every > int(control.interval * 2 / 3):
             threshold = rules.threshold_factor * (sum(losses) / len(losses))
         return dataclasses.replace(control, losses=losses, threshold=threshold)
     if history >= control.threshold:

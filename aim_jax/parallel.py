@@ -124,10 +124,12 @@ def shardings(
     }
 
 
-def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable:
-    """`step` compiled; argument number `batch` of `args` is split by rows.
+def compile(
+    step: Callable, devices: Devices, batch: int, args: int, split: int = 1
+) -> Callable:
+    """`step` compiled; `split` arguments of `args`, from number `batch`, are split by rows.
 
-    One after it is the number of steps in a chunk.
+    One after them is the number of steps in a chunk. Mode exact takes one batch alone.
     """
     if devices.mode == "exact":
         return _exact(step, devices, batch, chunk=args > batch + 1)
@@ -138,7 +140,7 @@ def compile(step: Callable, devices: Devices, batch: int, args: int) -> Callable
     return jax.pmap(
         functools.partial(step, axis=axis),
         axis_name=AXIS,
-        in_axes=tuple(0 if i == batch else None for i in range(args)),
+        in_axes=tuple(0 if 0 <= i - batch < split else None for i in range(args)),
         out_axes=None,
         devices=list(devices.mesh.devices.flat),
     )
@@ -269,6 +271,8 @@ def _copy(tree: Tree, device: jax.Device) -> Tree:
 def _put(
     batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding
 ) -> dict[str, jax.Array]:
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
     # Every process has the whole batch, and gives its devices their rows of it.
     return {
         k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)

@@ -84,6 +84,7 @@ class Lesson(NamedTuple):
     """One task as examples: what to train on, what to validate on, what to rehearse.
 
     number: of the task in the stream; key: integers that decide every random choice.
+    target: tokens of the longest target, so that all batches have one width.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Lesson(NamedTuple):
     validation: list[batches.Example]
     memory: list[batches.Example]
     key: tuple[int, int]
+    target: int = 0
 
 
 class Place(NamedTuple):
@@ -293,12 +295,21 @@ def compile_steps(
 ) -> steps.Steps:
     """The steps of a method for these devices, each compiled when it is first called."""
     pure = steps.make(base.model, cfg, method)
+    train = parallel.compile(pure.train, devices, batch=3, args=4)
+    probe = parallel.compile(pure.probe, devices, batch=3, args=4)
+    if devices.mode == "exact":
+        train_and_probe = steps.both(train, probe)
+    else:
+        train_and_probe = parallel.compile(
+            pure.train_and_probe, devices, batch=3, args=5, split=2
+        )
     return steps.Steps(
-        train=parallel.compile(pure.train, devices, batch=3, args=4),
-        probe=parallel.compile(pure.probe, devices, batch=3, args=4),
+        train=train,
+        probe=probe,
         rehearse=parallel.compile(pure.rehearse, devices, batch=3, args=5),
         validate=parallel.compile(pure.validate, devices, batch=2, args=3),
         squares=parallel.compile(pure.squares, devices, batch=3, args=4),
+        train_and_probe=train_and_probe,
     )
 
 
@@ -463,13 +474,10 @@ def lesson(job: Job, number: int) -> Lesson:
     cfg, task = job.cfg, job.stream[number]
     held = tasks.validation(job.stream[: number + 1], cfg.train.validation_rows)
     kept = memory.fill(job.memory[:number])
-    train = train_rows(job, number)
-    return Lesson(
-        task.name,
-        number,
-        *(batches.encode(job.text, rows) for rows in (train, held, kept)),
-        key=_key(cfg, task),
-    )
+    split = train_rows(job, number), held, kept
+    train, held, kept = (batches.encode(job.text, rows) for rows in split)
+    target = batches.longest_target(train + kept)
+    return Lesson(task.name, number, train, held, kept, _key(cfg, task), target)
 
 
 def train_rows(job: Job, number: int) -> list[batches.Row]:
@@ -553,7 +561,7 @@ def train(
     cfg = job.cfg
     first, state, memo, best, best_loss = place
     total = batches.total_steps(len(task.train), cfg.train)
-    probing = method.probe and bool(task.memory)
+    probing = bool(method.probe and task.memory)
     tools = _tools(job, task)
     if first == 0:
         key = jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
@@ -572,13 +580,14 @@ def train(
 
     def dispatch(state: steps.State, memo: methods.Memo, step: int) -> tuple:
         batch, rows = train_batch(job, task, step)
-        after, measures = job.steps.train(job.base.params, state, memo.arrays, batch)
+        given = job.base.params, state, memo.arrays, batch
         work = {"steps": 1, "train_tokens": batches.tokens(rows)}
-        history = None
-        if probing:
-            batch, recalled = memory_batch(job, task, [(step, 0)])
-            history = job.steps.probe(job.base.params, after, memo.arrays, batch)
+        if probing and step % method.probe == 0:
+            chunk, recalled = memory_batch(job, task, [(step, 0)])
+            after, measures, history = job.steps.train_and_probe(*given, chunk)
             work |= {"probes": 1, "probe_tokens": batches.tokens(recalled[0])}
+        else:
+            (after, measures), history = job.steps.train(*given), None
         return after, measures, history, [e.id for e in rows], work
 
     ahead = dispatch(state, memo, first + 1) if first < total else None
@@ -781,7 +790,8 @@ def learn_alone(
     if cfg.single_holdout:
         rows, held = tasks.holdout(task.train, cfg.single_holdout)
     examples, validation = (batches.encode(job.text, r) for r in (rows, held))
-    alone = Lesson(task.name, 0, examples, validation, [], _key(job.cfg, task))
+    target = batches.longest_target(examples)
+    alone = Lesson(task.name, 0, examples, validation, [], _key(job.cfg, task), target)
     work = collections.Counter()
     apart = job._replace(start=None, steps=job.plain, work=work)
     method = methods.Method()
@@ -899,7 +909,7 @@ def train_batch(
         for rows in batches.step_rows(len(task.train), cfg, task.key, step)
     ]
     rows = cfg.micro_batch_size or cfg.batch_size
-    batch = batches.collate(job.text, chosen, rows, cfg.average)
+    batch = batches.collate(job.text, chosen, rows, cfg.average, task.target)
     return parallel.place(batch, job.devices), [e for m in chosen for e in m]
 
 
@@ -920,7 +930,7 @@ def memory_batch(
         ]
         for step, number in places
     ]
-    batch = batches.stack(job.text, chosen, cfg.memory.batch_size)
+    batch = batches.stack(job.text, chosen, cfg.memory.batch_size, task.target)
     if getattr(cfg.method, "loss_scale", None) == "accumulation":
         micro = cfg.train.micro_batch_size or cfg.train.batch_size
         batch["weights"] /= cfg.train.batch_size // micro

@@ -50,6 +50,7 @@ class Steps(NamedTuple):
     validate(base, adapter, batch) -> weighted sum of the loss over a batch, float32
     squares(base, state, memo, batch) -> sum over rows of the squared gradient of a row's
         log-likelihood, a tree like the delta; no dropout
+    train_and_probe(base, state, memo, batch, chunk) -> (state, measures, loss): both
 
     memo: the arrays of the method's memo. A batch has leaves (parts, b, length), a chunk
     (steps, parts, b, length). Every function takes `axis`, None where it sees all rows.
@@ -60,6 +61,19 @@ class Steps(NamedTuple):
     rehearse: Callable
     validate: Callable
     squares: Callable
+    train_and_probe: Callable
+
+
+def both(train: Callable, probe: Callable) -> Callable:
+    """`Steps.train_and_probe` of the two: the probe of the state after the train step."""
+
+    def train_and_probe(
+        base: Tree, state: State, memo: Tree, batch: Batch, chunk: Batch, **axis: Axis
+    ) -> tuple[State, dict[str, jax.Array], jax.Array]:
+        state, measures = train(base, state, memo, batch, **axis)
+        return state, measures, probe(base, state, memo, chunk, **axis)
+
+    return train_and_probe
 
 
 def init(
@@ -278,7 +292,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         zero = jax.tree.map(jnp.zeros_like, state.delta)
         return summed(of, zero, batch, axis)
 
-    return Steps(train, probe, rehearse, validate, squares)
+    return Steps(train, probe, rehearse, validate, squares, both(train, probe))
 
 
 def _add(

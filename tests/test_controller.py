@@ -33,6 +33,19 @@ def drive(rules, history, learning=lambda step: 1.0, total=None):
     return merges
 
 
+def test_a_probe_every_few_steps_counts_for_the_steps_between():
+    """S = 8: the threshold needs 6 steps, which are 6 losses, or 2 of every third step."""
+    every = dataclasses.replace(RELEASE, probe_every=3)
+    control = controller.observe(controller.start(every), every, 3, 1.0)
+    assert control.threshold is None
+    control = controller.observe(control, every, 6, 3.0)
+    assert control.threshold == 2.0 * RELEASE.threshold_factor
+    control = controller.observe(control, every, 9, 100.0)
+    # Of the steps that follow, those without a probe decide too.
+    assert not controller.decide(control, every, 7, 100)
+    assert controller.decide(control, every, 10, 100)
+
+
 def steps_of(merges):
     return [step for step, _ in merges]
 

@@ -242,7 +242,7 @@ def play(kit, name, state, memo, start):
         rehearsal = functools.partial(rehearse, kit, data, note)
         tools = methods.Tools(
             number=1,
-            remembered=1,
+            remembered=int(history is not None),
             rehearse=rehearsal,
             fuse=fusion.fuse,
             fresh=None,
@@ -432,7 +432,7 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
         base=kit.base,
         text=kit.text,
         devices=kit.devices,
-        steps=steps.Steps(train, None, None, validate, None),
+        steps=steps.Steps(train, None, None, validate, None, None),
         work=collections.Counter(),
     )
     zero = np.float32(0)

@@ -1,5 +1,6 @@
 """The main job on small streams: results, resume, compilations, speculation, bad input."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -370,23 +371,55 @@ def test_predictions_give_the_scores_back_without_a_model(whole):
         assert again[name] == results[name], name
 
 
-def test_every_step_is_compiled_once(tmp_path):
-    job = run.prepare(make(data__buckets=(32, 48, 64)), tmp_path)
+def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path):
+    """Between steps nothing goes to the device but what is placed there on purpose."""
+    cfg = make(data__buckets=(32, 48, 64), parallel__speculate=False)
+    job = run.prepare(cfg, tmp_path)
+    calls = collections.Counter()
+
+    def counted(name):
+        step = getattr(job.steps, name)
+
+        def call(*args):
+            calls[name] += 1
+            return step(*args)
+
+        return call
+
+    def after_step(*args):
+        with jax.transfer_guard("allow"):  # a merge may send its few numbers
+            return job.method.after_step(*args)
+
+    names = ("train", "train_and_probe", "probe", "rehearse", "validate")
+    counting = job._replace(
+        steps=job.steps._replace(**{name: counted(name) for name in names}),
+        method=job.method._replace(after_step=after_step),
+    )
     with checkpoint.open(tmp_path / "checkpoints", 1) as checkpointer:
         place, facts = run.restore(job, job.method, {}, checkpointer)
+    steps = 2 * 24 // 4  # of a task
+
+    def save(place):
+        guard = "disallow" if 0 < place.step < steps else "allow"
+        jax.config.update("jax_transfer_guard", guard)
+
     with logs.bar(1, 0, False) as bar:
         for number in range(3):
             place = run.train_task(
-                job,
+                counting,
                 number,
                 place,
                 facts["seconds"],
                 bar,
                 lambda group, step, values: None,
-                lambda place: None,
+                save,
             )
-    for name in ("train", "probe", "rehearse", "validate"):
-        assert getattr(job.steps, name)._cache_size() == 1, name
+    assert calls["train"] == steps and calls["train_and_probe"] == 2 * steps
+    assert calls["probe"] == 0
+    merges = rows(tmp_path, "merges.jsonl")
+    assert calls["rehearse"] == len(merges) > 0
+    for name in names:
+        assert getattr(job.steps, name)._cache_size() == (name != "probe"), name
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_rows_and_adapter(

@@ -119,6 +119,11 @@ def longest(text: Text, examples: Sequence[Example]) -> int:
     return max(map(_length(text), examples), default=0)
 
 
+def longest_target(examples: Iterable[Example]) -> int:
+    """Tokens of the longest target."""
+    return max((len(e.targets) for e in examples), default=0)
+
+
 def collate(
     text: Text,
     examples: Sequence[Sequence[Example]],
@@ -139,7 +144,7 @@ def collate(
     """
     everything = [e for micro in examples for e in micro]
     width = bucket(
-        max(target, *(len(e.targets) for e in everything)),
+        max(target, longest_target(everything)),
         sorted(text.data.target_buckets),
     )
     length = max(text.longest, longest(text, everything))
@@ -168,11 +173,16 @@ def collate(
     return batch
 
 
-def stack(text: Text, examples: Sequence[Sequence[Example]], rows: int) -> Batch:
-    """A batch for each group of up to `rows` examples, leaves (batches, parts, b, length)."""
+def stack(
+    text: Text, examples: Sequence[Sequence[Example]], rows: int, target: int = 0
+) -> Batch:
+    """A batch for each group of up to `rows` examples, leaves (batches, parts, b, length).
+
+    target: as of `collate`.
+    """
     everything = [e for group in examples for e in group]
     text = text._replace(longest=max(text.longest, longest(text, everything)))
-    target = max(len(e.targets) for e in everything)
+    target = max(target, longest_target(everything))
     made = [collate(text, [group], rows, target=target) for group in examples]
     return {name: np.stack([batch[name] for batch in made]) for name in made[0]}
 

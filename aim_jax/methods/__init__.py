@@ -46,7 +46,7 @@ class Signals(NamedTuple):
     """What the host reads after a step: plain numbers.
 
     step: number of the step in its task, from 1; total: steps of the task; history: loss
-    on a memory batch after the step (None where there is no memory or no probe); distance:
+    on a memory batch after the step (None where no probe took place); distance:
     Euclidean norm of the step's change; penalty: None for a method without one.
     """
 
@@ -86,7 +86,8 @@ class Method(NamedTuple):
     """Hooks of a method, each optional.
 
     memory: the method needs the rehearsal memory of earlier tasks.
-    probe: the loss on a memory batch is measured after every step of a task with memory.
+    probe: the loss on a memory batch is measured after every so many steps of a task with
+        memory; 0: never.
     probe_dropout: with the dropout of training.
     rows(stream, number, memory) -> rows to train task `number` on; stream: the train rows
         of each task; memory: those kept of earlier tasks; without any, the task is skipped
@@ -115,7 +116,7 @@ class Method(NamedTuple):
     """
 
     memory: bool = False
-    probe: bool = False
+    probe: int = 0
     probe_dropout: bool = False
     rows: Callable | None = None
     start: Callable | None = None

@@ -40,6 +40,7 @@ class Options(methods.Options):
     shrink: float = 2.0  # divides the interval when learning speeds up
     grow: float = 2.0  # multiplies it when learning slows down
     probe_dropout: bool | None = None
+    probe_every: int = 1  # steps from one forgetting signal to the next
     loss_scale: str | None = None  # memory losses over `accumulation` steps, or `mean`
 
 
@@ -53,10 +54,11 @@ def make(options: Options) -> methods.Method:
         return state, methods.Memo({"origin": state.delta}, controller.start(options))
 
     def after_step(tools, state, memo, signals):
-        if signals.history is None:
+        if not tools.remembered:
             return state, memo, None
-        step = signals.step
-        control = controller.observe(memo.host, options, step, signals.history)
+        step, control = signals.step, memo.host
+        if signals.history is not None:
+            control = controller.observe(control, options, step, signals.history)
         if not controller.decide(control, options, step, signals.total):
             return state, memo._replace(host=control), None
         rehearsed, losses = tools.rehearse(state, memo, step, control.rehearsal)
@@ -99,7 +101,7 @@ def make(options: Options) -> methods.Method:
 
     return methods.Method(
         memory=True,
-        probe=True,
+        probe=options.probe_every,
         probe_dropout=bool(options.probe_dropout),
         start=start,
         before_task=before_task,
