@@ -5,7 +5,7 @@ python -m aim_jax.main --config configs/gemma3_270m.py --set data.root=DATA --wo
 
 The base is the Hugging Face directory models/gemma-3-270m, or --set model.path=DIR. The release has
 scripts for T5 alone; these are their settings on the model's q_proj and v_proj.
-Time and score: not run yet.
+Score with fewer rows and steps: docs/benchmarks.md; with these settings: not run yet.
 """
 
 from aim_jax import config

@@ -15,6 +15,8 @@ import torch
 import transformers
 
 NOISE = 1e-6
+Batch = dict[str, torch.Tensor]  # what transformers takes
+
 BETAS, EPS, CLIP_EPS, WARMUP = (0.9, 0.999), 1e-8, 1e-6, 50
 
 
@@ -51,20 +53,12 @@ class Referee:
     def vector(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten() for p in self.parameters])
 
-    def loss(self, data: golden.Trace, rows: np.ndarray) -> torch.Tensor:
-        examples = golden.examples(data, rows)
-        length, width = (-(-max(len(e[i]) for e in examples) // 8) * 8 for i in (1, 2))
-        inputs = torch.zeros(len(examples), length, dtype=torch.long)
-        labels = torch.full((len(examples), width), -100)
-        for i, example in enumerate(examples):
-            inputs[i, : len(example.inputs)] = torch.as_tensor(example.inputs)
-            labels[i, : len(example.targets)] = torch.as_tensor(example.targets)
-        mask = inputs != 0
-        return self.model(input_ids=inputs, attention_mask=mask, labels=labels).loss
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return self.model(**batch).loss
 
-    def update(self, data: golden.Trace, rows: np.ndarray, rate: float) -> list[float]:
+    def update(self, batch: Batch, rate: float) -> list[float]:
         """Loss and gradient norm before the update."""
-        loss = self.loss(data, rows)
+        loss = self.loss(batch)
         grads = torch.autograd.grad(loss, self.parameters)
         if self.noise:
             grads = [
@@ -84,6 +78,18 @@ class Referee:
                 v.mul_(BETAS[1]).add_((g * clip) ** 2, alpha=1 - BETAS[1])
                 p.addcdiv_(m, (v / unbias2).sqrt() + EPS, value=-rate / unbias1)
         return [loss.item(), norm.item()]
+
+
+def padded(data: golden.Trace, rows: np.ndarray) -> Batch:
+    """Rows of the token table as the recorded batch had them."""
+    examples = golden.examples(data, rows)
+    length, width = (-(-max(len(e[i]) for e in examples) // 8) * 8 for i in (1, 2))
+    inputs = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full((len(examples), width), -100)
+    for i, example in enumerate(examples):
+        inputs[i, : len(example.inputs)] = torch.as_tensor(example.inputs)
+        labels[i, : len(example.targets)] = torch.as_tensor(example.targets)
+    return {"input_ids": inputs, "attention_mask": inputs != 0, "labels": labels}
 
 
 def apart(ours: np.ndarray, recorded: np.ndarray) -> float:
@@ -116,7 +122,7 @@ def play(name: str, start: int, dtype: torch.dtype, seed: int | None) -> dict[st
 
     last = len(data["lr"]) if start and merges else start + 25
     for step in range(start + 1, last + 1):
-        loss, norm = it.update(data, data["mb_rows"][step - 1], rates[step - 1])
+        loss, norm = it.update(padded(data, data["mb_rows"][step - 1]), rates[step - 1])
         note("losses", loss / data["mb_loss"][step - 1] - 1)
         note("gradient norms", norm / data["grad_norm"][step - 1] - 1)
         recorded = zip(data["grad_phase"], data["grad_step"], data["grad"], strict=True)
@@ -125,14 +131,14 @@ def play(name: str, start: int, dtype: torch.dtype, seed: int | None) -> dict[st
                 note("gradients", apart(it.gradient, gradient))
         if merges:
             with torch.no_grad():
-                history = it.loss(data, data["probe_rows"][step - 1]).item()
+                history = it.loss(padded(data, data["probe_rows"][step - 1])).item()
             note("probe losses", history / data["probe_loss"][step - 1] - 1)
         if step not in merges:
             continue
         merge, inner = merges.index(step), it.vector()
         note("before", apart(inner.numpy(), data["merge_theta_k"][merge]))
         for i in np.flatnonzero(data["outer_step"] == step):
-            loss, _ = it.update(data, data["outer_rows"][i], rates[step])
+            loss, _ = it.update(padded(data, data["outer_rows"][i]), rates[step])
             note("rehearsal losses", loss / data["outer_loss"][i] - 1)
         w_in, w_out = (float(data[f"merge_w_{w}"][merge]) for w in ("in", "out"))
         origin = origin + (w_in * (inner - origin) + w_out * (it.vector() - inner))
