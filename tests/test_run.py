@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -371,7 +372,15 @@ def test_predictions_give_the_scores_back_without_a_model(whole):
         assert again[name] == results[name], name
 
 
-def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path):
+@pytest.fixture
+def guard():
+    """Sets what becomes of transfers that nobody asked for; it ends with the test."""
+    before = jax.config.jax_transfer_guard
+    yield functools.partial(jax.config.update, "jax_transfer_guard")
+    jax.config.update("jax_transfer_guard", before)
+
+
+def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guard):
     """Between steps nothing goes to the device but what is placed there on purpose."""
     cfg = make(data__buckets=(32, 48, 64), parallel__speculate=False)
     job = run.prepare(cfg, tmp_path)
@@ -400,8 +409,7 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path):
     steps = 2 * 24 // 4  # of a task
 
     def save(place):
-        guard = "disallow" if 0 < place.step < steps else "allow"
-        jax.config.update("jax_transfer_guard", guard)
+        guard("disallow" if 0 < place.step < steps else "allow")
 
     with logs.bar(1, 0, False) as bar:
         for number in range(3):
