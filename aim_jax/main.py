@@ -1,5 +1,6 @@
 """The main job: `python -m aim_jax.main --config configs/X.py --workdir DIR`."""
 
+import functools
 import os
 import pathlib
 import sys
@@ -120,16 +121,23 @@ def runs(
 def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
     """Run each, and report on all together; how many of several failed.
 
-    One that fails stops no other: its error is printed and the next begins.
+    One that fails stops no other: its error is printed and the next begins. Seeds of one
+    config share base and compiled programs.
     """
     (cfg, folder), failed = planned[0], 0
+
+    @functools.lru_cache(maxsize=1)
+    def load(cfg: config.Config) -> run.Loaded:
+        load.cache_clear()  # there may be no room for two bases
+        return run.load_model(cfg)
+
     if len(planned) == 1:
         run.run(cfg, folder)
         return 0
     for cfg, folder in planned:
         print(f"run {folder}")
         try:
-            run.run(cfg, folder)
+            run.run(cfg, folder, load)
         except aim_jax.InputError as error:
             print(f"error: {folder}: {error}", file=sys.stderr)
             failed += 1

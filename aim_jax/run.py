@@ -48,12 +48,27 @@ Tree = Any
 CHUNK = 8  # rehearsal steps in one compiled call; any number takes ceil(n / 8) calls
 
 
+class Loaded(NamedTuple):
+    """What runs that differ only in `train.seed` can share.
+
+    steps: with the method's part in them; plain: without, for single-task runs.
+    """
+
+    base: hf.Base
+    text: batches.Text
+    devices: parallel.Devices
+    steps: steps.Steps
+    plain: steps.Steps
+    decode: Callable
+    sample: Callable
+    method: methods.Method
+
+
 class Job(NamedTuple):
-    """All that stays the same while a run goes on.
+    """All that stays the same while a run goes on; of `Loaded`, its fields.
 
     held_out: tasks that are scored before and after the stream.
     start: the adapter `lora.path`, None for a new one.
-    steps: with the method's part in them; plain: without, for single-task runs.
     memory: rows kept of each task of the stream, none for a method without memory; of
     those that the model writes, as far as the run has come.
     usage: `tasks.usage` by task.
@@ -66,8 +81,11 @@ class Job(NamedTuple):
     folder: pathlib.Path
     stream: list[tasks.Task]
     held_out: list[tasks.Task]
-    base: hf.Base
     start: Tree | None
+    memory: list[list[batches.Row]]
+    usage: dict[str, dict[str, int]]
+    work: collections.Counter[str]
+    base: hf.Base
     text: batches.Text
     devices: parallel.Devices
     steps: steps.Steps
@@ -75,9 +93,6 @@ class Job(NamedTuple):
     decode: Callable
     sample: Callable
     method: methods.Method
-    memory: list[list[batches.Row]]
-    usage: dict[str, dict[str, int]]
-    work: collections.Counter[str]
 
 
 class Lesson(NamedTuple):
@@ -106,13 +121,17 @@ class Place(NamedTuple):
     best_loss: float
 
 
-def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
+def run(
+    cfg: config.Config,
+    folder: pathlib.Path,
+    load: Callable[[config.Config], Loaded] | None = None,
+) -> dict[str, Any]:
     """Train the stream of `cfg` and write everything into `folder`; returns the results.
 
     A run that was stopped goes on from its last checkpoint, and ends as if it had never
     stopped; a finished one returns its results. Raises InputError for input that cannot
     be used, before anything that is already in `folder` is touched, and Preempted after
-    SIGTERM (where `preemption.watch` was called).
+    SIGTERM (where `preemption.watch` was called). load: `load_model`, or what remembers it.
     """
     claim(cfg, folder)
     parallel.meet(f"{folder} is claimed")  # before one writes there
@@ -123,7 +142,7 @@ def run(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any]:
             write_report(folder)
         return done
     began = time.perf_counter()
-    job = prepare(cfg, folder)
+    job = prepare(cfg, folder, load)
     inputs = fingerprints(job)
     with (
         logs.alone(folder),
@@ -228,8 +247,13 @@ def finished(folder: pathlib.Path) -> dict[str, Any] | None:
     return results if results.get("finished") else None
 
 
-def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
-    """Load data, base model and tokenizer and compile lazily; then write config.json."""
+def prepare(
+    cfg: config.Config,
+    folder: pathlib.Path,
+    load: Callable[[config.Config], Loaded] | None = None,
+) -> Job:
+    """Load the data, and by `load` all that no seed changes; then write config.json."""
+    load = load or load_model
     found = stream = tasks.load(cfg.data)
     if not cfg.train.validation_leaks:
         stream = tasks.without_leaks(found, cfg.train.validation_rows)
@@ -241,49 +265,51 @@ def prepare(cfg: config.Config, folder: pathlib.Path) -> Job:
     for metric in {task.metric for task in [*stream, *held]}:
         # Shows a missing package now and not after hours of training.
         metrics.score_row(metric, "", "")
-    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
-    base = hf.load(cfg.model, devices)
-    text = batches.Text(
-        batches.tokenizer(hf.directory(cfg.model.path)),
-        base.family.KIND,
-        cfg.data,
-        devices.count,
-    )
+    loaded = load(config.override(cfg, "train.seed=0"))
+    base, devices, text = loaded.base, loaded.devices, loaded.text
     encoded = (batches.encode(text, task.train) for task in stream)
     text = text._replace(longest=max(batches.longest(text, e) for e in encoded))
     start = None
     if cfg.lora.path is not None:
         start = hf.start(cfg.lora, base.params, base.keys)
         start = jax.device_put(start, devices.replicated)
+    kept = remember(cfg.memory, stream) if loaded.method.memory else []
+    logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
+    for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
+        logs.write_rows(folder / "memory" / f"{number:02d}-{task.name}.jsonl", rows)
+    return Job(
+        cfg=cfg,
+        folder=folder,
+        stream=stream,
+        held_out=held,
+        start=start,
+        memory=kept,
+        usage=usage,
+        work=collections.Counter(),
+        **loaded._replace(text=text)._asdict(),
+    )
+
+
+def load_model(cfg: config.Config) -> Loaded:
+    """Base and tokenizer, and the functions over them, compiled lazily."""
+    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+    base = hf.load(cfg.model, devices)
+    tokenizer = batches.tokenizer(hf.directory(cfg.model.path))
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
     compiled = plain = compile_steps(base, cfg, devices, method)
     if method.compose or method.penalty or method.gradients:
         plain = compile_steps(base, cfg, devices, methods.Method())
-    eos = text.tokenizer.eos_token_id
-    decode = evaluate.greedy(base.model, eos, cfg)
-    sample = evaluate.sampled(base.model, base.family.KIND, eos, cfg)
-    kept = remember(cfg.memory, stream) if method.memory else []
-    logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
-    for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
-        logs.write_rows(folder / "memory" / f"{number:02d}-{task.name}.jsonl", rows)
-    return Job(
-        cfg,
-        folder,
-        stream,
-        held,
-        base,
-        start,
-        text,
-        devices,
-        compiled,
-        plain,
-        decode,
-        sample,
-        method,
-        kept,
-        usage,
-        collections.Counter(),
+    eos = tokenizer.eos_token_id
+    return Loaded(
+        base=base,
+        text=batches.Text(tokenizer, base.family.KIND, cfg.data, devices.count),
+        devices=devices,
+        steps=compiled,
+        plain=plain,
+        decode=evaluate.greedy(base.model, eos, cfg),
+        sample=evaluate.sampled(base.model, base.family.KIND, eos, cfg),
+        method=method,
     )
 
 

@@ -471,8 +471,10 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
 def stand_in(seen, fails=()):
     """A `run.run` that only leaves results, op that of the seed; it fails on seeds."""
 
-    def finish(cfg, folder):
+    def finish(cfg, folder, load=None):
         seen.append((cfg, folder))
+        if load:
+            load(config.override(cfg, "train.seed=0"))
         if cfg.train.seed in fails:
             raise aim_jax.InputError("it went wrong")
         folder.mkdir(parents=True, exist_ok=True)
@@ -509,9 +511,13 @@ CONFIGS = {
 
 def test_a_sweep_runs_all_its_configs_and_seeds(call, capsys, monkeypatch, tmp_path):
     (tmp_path / "sweep.py").write_text(SWEEP)
-    seen, runs = [], tmp_path / "run"
+    seen, loads, runs = [], [], tmp_path / "run"
     monkeypatch.setattr(run, "run", stand_in(seen))
+    monkeypatch.setattr(run, "load_model", loads.append)
     call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"], set=["lora.r=2"])
+    assert [cfg.method.name for cfg in loads] == ["aim", "sequential"], (
+        "seeds share one"
+    )
     assert [(c.method.name, c.train.seed, c.lora.r, f) for c, f in seen] == [
         (method, seed, 2, runs / f"{name}-seed-{seed}")
         for name, method in (("ours", "aim"), ("plain", "sequential"))
@@ -530,6 +536,7 @@ def test_a_run_that_fails_stops_no_other(call, capsys, monkeypatch, tmp_path):
     (tmp_path / "sweep.py").write_text(SWEEP)
     seen = []
     monkeypatch.setattr(run, "run", stand_in(seen, fails={1}))
+    monkeypatch.setattr(run, "load_model", lambda cfg: None)
     with pytest.raises(SystemExit) as ended:
         call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"])
     assert ended.value.code == 2 and len(seen) == 4
