@@ -108,7 +108,9 @@ def init(key: jax.Array, params: Tree, keys: dict[str, str], cfg: config.Lora) -
         node: Any = params
         for part in path.split("/"):
             node = node[part]
-        *layers, out, width = node["weight"].shape
+        *layers, _, width = node["weight"].shape
+        # Of a quantized weight the scale tells how many outputs there are.
+        out = node.get("scale", node["weight"]).shape[-2]
         a = jax.random.uniform(
             jax.random.fold_in(key, number),
             (*layers, cfg.r, width),

@@ -116,7 +116,7 @@ def plan(
 
 def describe(topology: str, cfg: config.Parallel) -> tuple[Chip, parallel.Devices]:
     """Peaks and mesh of a topology such as v5e:2x4."""
-    kind = topology.split(":")[0]
+    kind, _, sides = topology.partition(":")
     if kind not in CHIPS:
         raise aim_jax.InputError(
             f"--topology {topology}: the kinds are {', '.join(CHIPS)}, as in v5e:2x4"
@@ -126,7 +126,11 @@ def describe(topology: str, cfg: config.Parallel) -> tuple[Chip, parallel.Device
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        # A machine has four chips, unless it has one.
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if set(sides) <= set("1x") else {}
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **alone
+        )
     except (RuntimeError, ValueError) as error:
         raise aim_jax.InputError(
             f"--topology {topology}: {error}; the TPU compiler comes with"
@@ -204,11 +208,13 @@ def measured(program: Program, chips: int, chip: Chip | None) -> dict[str, Any]:
     try:
         built = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
+        # All of it, or temporaries that alone are too many.
+        used = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", str(error)) or re.search(
+            r"temporaries \(([\d.]+)G\) exceeds available HBM", str(error)
+        )
         if not used:
             raise
-        unit = {"G": 2**30, "M": 2**20}[used[2]]
-        return found | {"bytes": float(used[1]) * unit, "fits": False}
+        return found | {"bytes": float(used[1]) * 2**30, "fits": False}
     sizes = built.memory_analysis()
     found["argument_bytes"] = sizes.argument_size_in_bytes
     found["bytes"] = (

@@ -159,7 +159,7 @@ def parameters(
 
 
 def size(cfg: config.Model) -> int:
-    """Bytes of the base model of a `model` section, at most: a byte for 4 bits."""
+    """Bytes of the base model of a `model` section, as it is kept."""
     family, model = build(cfg)
     kept = parameters(cfg, model, family.keys(model.config))
     return sum(x.size * x.dtype.itemsize for x in kept.values())

@@ -49,12 +49,12 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param(
-            "weight", nn.initializers.normal(0.02), (self.features, x.shape[-1])
-        )
         if self.has_variable("params", "scale"):
-            scale = self.get_variable("params", "scale")
-            weight = dequantize(weight, scale, self.dtype)
+            stored = (self.get_variable("params", name) for name in ("weight", "scale"))
+            weight = dequantize(*stored, self.dtype)
+        else:
+            shape = self.features, x.shape[-1]
+            weight = self.param("weight", nn.initializers.normal(0.02), shape)
         y = jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -77,7 +77,9 @@ def quantize(weight: jax.Array, bits: int) -> dict[str, jax.Array]:
     """`weight` (..., o, i) as integers of 4 or 8 bits, and float32 `scale` (..., o, i / 64).
 
     Symmetric: 64 inputs of a row (all, if 64 does not divide them) share the scale that
-    makes the largest of them the largest integer.
+    makes the largest of them the largest integer. Integers of 4 bits lie two in a byte:
+    rows 2 k and 2 k + 1 are the low and the high half of row k of (..., o / 2, i), uint8.
+    Odd numbers of rows take a byte for each.
     """
     *outer, inputs = weight.shape
     width = GROUP if inputs % GROUP == 0 else inputs
@@ -85,12 +87,22 @@ def quantize(weight: jax.Array, bits: int) -> dict[str, jax.Array]:
     greatest = 2 ** (bits - 1) - 1
     scale = jnp.abs(grouped).max(-1) / greatest
     whole = jnp.round(grouped / jnp.where(scale == 0, 1, scale)[..., None])
-    kind = {4: jnp.int4, 8: jnp.int8}[bits]
-    return {"weight": whole.reshape(weight.shape).astype(kind), "scale": scale}
+    whole = whole.reshape(weight.shape).astype(jnp.int8)
+    if bits == 4 and outer[-1] % 2 == 0:
+        low, high = (whole[..., row::2, :].astype(jnp.uint8) for row in (0, 1))
+        whole = (low & 15) | (high << 4)
+    return {"weight": whole, "scale": scale}
 
 
 def dequantize(weight: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The weight (o, i) in `dtype` that `quantize` made of one."""
+    """The weight (..., o, i) in `dtype` that `quantize` made of one."""
+    if weight.dtype == jnp.uint8:
+        # Shifted as signed numbers, so that the sign fills what comes in.
+        halves = (
+            jax.lax.bitcast_convert_type(w, jnp.int8) for w in (weight << 4, weight)
+        )
+        weight = jnp.stack([half >> 4 for half in halves], -2)
+        weight = weight.reshape(*scale.shape[:-1], -1)
     grouped = weight.astype(dtype).reshape(*scale.shape, -1)
     return (grouped * scale.astype(dtype)[..., None]).reshape(weight.shape)
 
