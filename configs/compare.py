@@ -6,7 +6,7 @@ All have the same rows, base, epochs and scoring; what a method takes beyond tha
 (rehearsal and probe steps, memory, FLOPs) is counted and stands in the table, which
 runs/compare/report.html opens with. The same command resumes; a run that fails stops no
 other. Any benchmark: --set data.benchmark=standard_cl --set data.order=4 --set
-data.root=DATA. Time and scores: not run yet.
+data.root=DATA. Scores of a smaller run: docs/methods.md.
 """
 
 import dataclasses
