@@ -166,7 +166,7 @@ class Runs:
         self.cfg, self.folder = dataclasses.replace(cfg, memory=memory), folder
         self.job = run.prepare(self.cfg, folder / "unused")
 
-    def job_in(self, cfg, folder):
+    def job_in(self, cfg, folder, load):
         logs.write(folder / "config.json", json.dumps(config.to_json(cfg)))
         return self.job._replace(
             folder=folder, memory=list(self.job.memory), work=collections.Counter()
