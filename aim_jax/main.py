@@ -125,15 +125,15 @@ def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
     config share base and compiled programs.
     """
     (cfg, folder), failed = planned[0], 0
+    if len(planned) == 1:
+        run.run(cfg, folder)
+        return 0
 
     @functools.lru_cache(maxsize=1)
     def load(cfg: config.Config) -> run.Loaded:
         load.cache_clear()  # there may be no room for two bases
         return run.load_model(cfg)
 
-    if len(planned) == 1:
-        run.run(cfg, folder)
-        return 0
     for cfg, folder in planned:
         print(f"run {folder}")
         try:
