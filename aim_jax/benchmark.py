@@ -34,7 +34,18 @@ import numpy as np
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, evaluate, fusion, lora, methods, parallel, plan, run, steps
+from aim_jax import (
+    config,
+    evaluate,
+    fusion,
+    jobs,
+    lora,
+    methods,
+    parallel,
+    plan,
+    run,
+    steps,
+)
 from aim_jax.data import batches
 from aim_jax.models import hf
 
@@ -70,8 +81,8 @@ class Bench(NamedTuple):
     equal: all rows to train on are of one length, so that FLOPs can be told.
     """
 
-    job: run.Job
-    task: run.Lesson
+    job: jobs.Job
+    task: jobs.Lesson
     prompts: list[batches.Example]
     equal: bool
 
@@ -151,13 +162,15 @@ def plain(
     data = dataclasses.replace(cfg.data, buckets=buckets)
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
-    job = run.Job(**dict.fromkeys(run.Job._fields))._replace(
+    blank = dict.fromkeys(f.name for f in dataclasses.fields(jobs.Job))
+    job = dataclasses.replace(
+        jobs.Job(**blank),
         cfg=cfg,
         stream=[None, None],
         base=base,
         text=batches.Text(tokenizer, kind, data, devices.count),
         devices=devices,
-        steps=run.compile_steps(base, cfg, devices, method),
+        steps=jobs.compile_steps(base, cfg, devices, method),
         decode=evaluate.greedy(base.model, eos, cfg),
         method=method,
         work=collections.Counter(),
@@ -175,7 +188,7 @@ def plain(
         ]
 
     equal = [inputs] * rows * count
-    task = run.Lesson("random", 1, examples(equal), [], examples(equal), (0, 0))
+    task = jobs.Lesson("random", 1, examples(equal), [], examples(equal), (0, 0))
     unequal = random.integers(-(-inputs // 8), inputs + 1, prompts)
     return Bench(job, task, examples(unequal), equal=True)
 
@@ -194,8 +207,8 @@ def step(
     """Train step, probe, and one after the other, on `count` batches."""
     job, task = bench.job, bench.task
     base, (state, memo) = job.base.params, _state(bench, count)
-    trained = [run.train_batch(job, task, s) for s in range(1, count + 1)]
-    probed = [run.memory_batch(job, task, [(s, 0)]) for s in range(1, count + 1)]
+    trained = [jobs.train_batch(job, task, s) for s in range(1, count + 1)]
+    probed = [jobs.memory_batch(job, task, [(s, 0)]) for s in range(1, count + 1)]
     micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
     micros = [
         [rows[i : i + micro] for i in range(0, len(rows), micro)] for _, rows in trained
@@ -260,7 +273,7 @@ def rehearsal(bench: Bench, rounds: int) -> dict[str, Any]:
     job, count = bench.job, run.CHUNK
     state, memo = _state(bench, count)
     places = [(1, number) for number in range(1, count + 1)]
-    chunk, rows = run.memory_batch(job, bench.task, places)
+    chunk, rows = jobs.memory_batch(job, bench.task, places)
 
     def call() -> Any:
         return job.steps.rehearse(job.base.params, state, memo, chunk, count)
@@ -286,7 +299,7 @@ def decode(bench: Bench, others: Mapping[str, Any], rounds: int) -> dict[str, An
     The others decode them one by one, as the release does, and in batches as they come.
     """
     job, prompts = bench.job, bench.prompts
-    delta, said = run.fresh(job), {}
+    delta, said = jobs.fresh(job), {}
 
     def ours() -> None:
         said["here"] = run.decoded(job, job.decode, delta, prompts)
@@ -354,8 +367,8 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     (devices, base), spent = elapsed(lambda: load(cfg))
     bench = plain(cfg, shape, 1, 1, devices, base)
     job, (state, memo) = bench.job, _state(bench, 1)
-    batch, _ = run.train_batch(job, bench.task, 1)
-    chunk, _ = run.memory_batch(job, bench.task, [(1, 0)])
+    batch, _ = jobs.train_batch(job, bench.task, 1)
+    chunk, _ = jobs.memory_batch(job, bench.task, [(1, 0)])
     jax.block_until_ready(
         job.steps.train_and_probe(base.params, state, memo, batch, chunk)
     )
@@ -416,14 +429,14 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
     """
     job = _prepared(cfg)
     task = _second(job)
-    delta = run.fresh(job)
+    delta = jobs.fresh(job)
     state = steps.init(delta, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), delta, math.inf)
     # It probes and never merges, so that all ways do the same work.
     watcher = methods.Method(memory=True, probe=1)
     total = batches.total_steps(len(task.train), cfg.train)
     ready = [
-        (run.train_batch(job, task, s)[0], run.memory_batch(job, task, [(s, 0)])[0])
+        (jobs.train_batch(job, task, s)[0], jobs.memory_batch(job, task, [(s, 0)])[0])
         for s in range(1, total + 1)
     ]
 
@@ -432,7 +445,9 @@ def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
             cfg, parallel={"speculate": speculate}, train={"eval_every": total + 1}
         )
         nothing = [lambda *given: None] * 2
-        place = run.train(job._replace(cfg=own), watcher, task, start, *nothing)
+        place = run.train(
+            dataclasses.replace(job, cfg=own), watcher, task, start, *nothing
+        )
         return place.state
 
     def device() -> Any:
@@ -474,9 +489,9 @@ def padding(cfg: config.Config) -> dict[str, Any]:
     buckets = sorted(cfg.data.buckets)
     ran, real, lengths = collections.Counter(), 0, set()
     for number in range(len(job.stream)):
-        task = run.lesson(job, number)
+        task = jobs.lesson(job, number)
         for step in range(1, batches.total_steps(len(task.train), cfg.train) + 1):
-            batch, examples = run.train_batch(job, task, step)
+            batch, examples = jobs.train_batch(job, task, step)
             rows = [batches.longest(job.text, [e]) for e in examples]
             full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
             sizes = np.array(batches.cuts(buckets, full, least))
@@ -639,12 +654,12 @@ def _with(cfg: config.Config, **sections: dict[str, Any]) -> config.Config:
     return dataclasses.replace(cfg, **parts)
 
 
-def _prepared(cfg: config.Config) -> run.Job:
+def _prepared(cfg: config.Config) -> jobs.Job:
     with tempfile.TemporaryDirectory() as folder:
-        return run.prepare(cfg, pathlib.Path(folder))
+        return jobs.prepare(cfg, pathlib.Path(folder))
 
 
-def _second(job: run.Job) -> run.Lesson:
+def _second(job: jobs.Job) -> jobs.Lesson:
     """The second task, with what is remembered of the first."""
     if len(job.stream) < 2 or not job.memory:
         raise aim_jax.InputError(
@@ -652,7 +667,7 @@ def _second(job: run.Job) -> run.Lesson:
             f" the first; this stream has {len(job.stream)} tasks, and the memory of method"
             f" {job.cfg.method.name} {sum(map(len, job.memory))} rows"
         )
-    return run.lesson(job, 1)
+    return jobs.lesson(job, 1)
 
 
 def _state(bench: Bench, count: int) -> tuple[steps.State, Tree]:
@@ -669,7 +684,7 @@ def _forward(bench: Bench) -> plan.Work:
     if not bench.equal:
         return plan.Work()
     pure = steps.make(job.base.model, job.cfg, methods.Method())
-    chunk, _ = run.memory_batch(job, bench.task, [(1, 0)])
+    chunk, _ = jobs.memory_batch(job, bench.task, [(1, 0)])
     arguments = (job.base.params, _state(bench, 1)[0], (), chunk)
     return plan.counted(jax.make_jaxpr(pure.probe)(*arguments).jaxpr)
 
@@ -679,7 +694,7 @@ def _loss(bench: Bench, rows: list[batches.Example]) -> float:
     job = bench.job
     batch = batches.collate(job.text, [rows], len(rows))
     placed = parallel.place(batch, job.devices)
-    total = job.steps.validate(job.base.params, run.fresh(job), placed)
+    total = job.steps.validate(job.base.params, jobs.fresh(job), placed)
     return float(total) / float(batch["weights"].sum())
 
 

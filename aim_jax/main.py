@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 
 import aim_jax
-from aim_jax import config, logs, preemption, report, run, tables
+from aim_jax import config, jobs, logs, preemption, report, run, tables
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Python file that assigns CONFIG, or CONFIGS for a sweep."
@@ -130,9 +130,9 @@ def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
         return 0
 
     @functools.lru_cache(maxsize=1)
-    def load(cfg: config.Config) -> run.Loaded:
+    def load(cfg: config.Config) -> jobs.Loaded:
         load.cache_clear()  # there may be no room for two bases
-        return run.load_model(cfg)
+        return jobs.load_model(cfg)
 
     for cfg, folder in planned:
         print(f"run {folder}")

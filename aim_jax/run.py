@@ -17,7 +17,6 @@ import pathlib
 import platform
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +30,8 @@ from aim_jax import (
     config,
     evaluate,
     fusion,
+    jobs,
     logs,
-    lora,
     methods,
     metrics,
     parallel,
@@ -48,69 +47,6 @@ Tree = Any
 CHUNK = 8  # rehearsal steps in one compiled call; any number takes ceil(n / 8) calls
 
 
-class Loaded(NamedTuple):
-    """What runs that differ only in `train.seed` can share.
-
-    steps: with the method's part in them; plain: without, for single-task runs.
-    """
-
-    base: hf.Base
-    text: batches.Text
-    devices: parallel.Devices
-    steps: steps.Steps
-    plain: steps.Steps
-    decode: Callable
-    sample: Callable
-    method: methods.Method
-
-
-class Job(NamedTuple):
-    """All that stays the same while a run goes on; of `Loaded`, its fields.
-
-    held_out: tasks that are scored before and after the stream.
-    start: the adapter `lora.path`, None for a new one.
-    memory: rows kept of each task of the stream, none for a method without memory; of
-    those that the model writes, as far as the run has come.
-    usage: `tasks.usage` by task.
-    work: what training on the stream took so far: `steps`, `rehearsal_steps`, `probes`,
-    `fisher_rows` and the tokens of each (`train_tokens`, ...), padding not counted;
-    `synthesis_tokens`, read and written for the memory; and `extra_bytes`.
-    """
-
-    cfg: config.Config
-    folder: pathlib.Path
-    stream: list[tasks.Task]
-    held_out: list[tasks.Task]
-    start: Tree | None
-    memory: list[list[batches.Row]]
-    usage: dict[str, dict[str, int]]
-    work: collections.Counter[str]
-    base: hf.Base
-    text: batches.Text
-    devices: parallel.Devices
-    steps: steps.Steps
-    plain: steps.Steps
-    decode: Callable
-    sample: Callable
-    method: methods.Method
-
-
-class Lesson(NamedTuple):
-    """One task as examples: what to train on, what to validate on, what to rehearse.
-
-    number: of the task in the stream; key: integers that decide every random choice.
-    target: tokens of the longest target, so that all batches have one width.
-    """
-
-    name: str
-    number: int
-    train: list[batches.Example]
-    validation: list[batches.Example]
-    memory: list[batches.Example]
-    key: tuple[int, int]
-    target: int = 0
-
-
 class Place(NamedTuple):
     """Where training stands after `step` steps of a task; best: delta and its loss."""
 
@@ -124,14 +60,14 @@ class Place(NamedTuple):
 def run(
     cfg: config.Config,
     folder: pathlib.Path,
-    load: Callable[[config.Config], Loaded] | None = None,
+    load: Callable[[config.Config], jobs.Loaded] = jobs.load_model,
 ) -> dict[str, Any]:
     """Train the stream of `cfg` and write everything into `folder`; returns the results.
 
     A run that was stopped goes on from its last checkpoint, and ends as if it had never
     stopped; a finished one returns its results. Raises InputError for input that cannot
     be used, before anything that is already in `folder` is touched, and Preempted after
-    SIGTERM (where `preemption.watch` was called). load: `load_model`, or what remembers it.
+    SIGTERM (where `preemption.watch` was called). load: `jobs.load_model`, or what remembers it.
     """
     claim(cfg, folder)
     parallel.meet(f"{folder} is claimed")  # before one writes there
@@ -142,8 +78,8 @@ def run(
             write_report(folder)
         return done
     began = time.perf_counter()
-    job = prepare(cfg, folder, load)
-    inputs = fingerprints(job)
+    job = jobs.prepare(cfg, folder, load)
+    inputs = jobs.fingerprints(job)
     with (
         logs.alone(folder),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
@@ -153,7 +89,7 @@ def run(
         if writes(job):
             written = job.stream[:-1][: len(matrix)]
             job.memory.extend(tasks.remembered(folder, t.name) for t in written)
-        counts = [total_steps(job, n) for n in range(len(job.stream))]
+        counts = [jobs.total_steps(job, n) for n in range(len(job.stream))]
         before = seconds["total"]
         passed = sum(counts[: len(matrix)]) + place.step
 
@@ -166,20 +102,22 @@ def run(
 
         begin(job, checkpointer, place, save)
         logs.cut(folder, len(matrix), place.step)
-        before_after = {"before": held_out_scores(job, "before", fresh(job), seconds)}
+        before_after = {
+            "before": held_out_scores(job, "before", jobs.fresh(job), seconds)
+        }
         with (
             logs.bar(sum(counts), passed, cfg.logs.progress) as bar,
             logs.board(folder / "tensorboard", cfg.logs.tensorboard, passed) as board,
         ):
             for number in range(len(matrix), len(job.stream)):
                 # What was written since may have made it longer.
-                counts[number] = total_steps(job, number)
+                counts[number] = jobs.total_steps(job, number)
                 show = functools.partial(board, sum(counts[:number]))
                 place = train_task(job, number, place, seconds, bar, show, save)
                 held = extra_bytes(job, number, place)
                 job.work["extra_bytes"] = max(job.work["extra_bytes"], held)
                 scores = [None] * (number + 1)
-                if train_rows(job, number):
+                if jobs.train_rows(job, number):
                     scores = evaluate_task(job, number, place, seconds)
                     learnt = (task.name for task in job.stream[: number + 1])
                     named = dict(zip(learnt, scores, strict=True))
@@ -247,146 +185,8 @@ def finished(folder: pathlib.Path) -> dict[str, Any] | None:
     return results if results.get("finished") else None
 
 
-def prepare(
-    cfg: config.Config,
-    folder: pathlib.Path,
-    load: Callable[[config.Config], Loaded] | None = None,
-) -> Job:
-    """Load the data, and by `load` all that no seed changes; then write config.json."""
-    load = load or load_model
-    found = stream = tasks.load(cfg.data)
-    if not cfg.train.validation_leaks:
-        stream = tasks.without_leaks(found, cfg.train.validation_rows)
-    pairs = zip(found, stream, strict=True)
-    usage = {used.name: tasks.usage(task, used) for task, used in pairs}
-    held = tasks.held_out(cfg.eval.before_after, cfg.data.limit_test)
-    if cfg.logs.tensorboard:
-        logs.tensorboard()
-    for metric in {task.metric for task in [*stream, *held]}:
-        # Shows a missing package now and not after hours of training.
-        metrics.score_row(metric, "", "")
-    loaded = load(config.override(cfg, "train.seed=0"))
-    base, devices, text = loaded.base, loaded.devices, loaded.text
-    encoded = (batches.encode(text, task.train) for task in stream)
-    text = text._replace(longest=max(batches.longest(text, e) for e in encoded))
-    start = None
-    if cfg.lora.path is not None:
-        start = hf.start(cfg.lora, base.params, base.keys)
-        start = jax.device_put(start, devices.replicated)
-    kept = remember(cfg.memory, stream) if loaded.method.memory else []
-    logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
-    for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
-        logs.write_rows(folder / "memory" / f"{number:02d}-{task.name}.jsonl", rows)
-    return Job(
-        cfg=cfg,
-        folder=folder,
-        stream=stream,
-        held_out=held,
-        start=start,
-        memory=kept,
-        usage=usage,
-        work=collections.Counter(),
-        **loaded._replace(text=text)._asdict(),
-    )
-
-
-def load_model(cfg: config.Config) -> Loaded:
-    """Base and tokenizer, and the functions over them, compiled lazily."""
-    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
-    base = hf.load(cfg.model, devices)
-    tokenizer = batches.tokenizer(hf.directory(cfg.model.path))
-    lora.targets(base.keys, cfg.lora)
-    method = methods.module(cfg.method.name).make(cfg.method)
-    compiled = plain = compile_steps(base, cfg, devices, method)
-    if method.compose or method.penalty or method.gradients:
-        plain = compile_steps(base, cfg, devices, methods.Method())
-    eos = tokenizer.eos_token_id
-    return Loaded(
-        base=base,
-        text=batches.Text(tokenizer, base.family.KIND, cfg.data, devices.count),
-        devices=devices,
-        steps=compiled,
-        plain=plain,
-        decode=evaluate.greedy(base.model, eos, cfg),
-        sample=evaluate.sampled(base.model, base.family.KIND, eos, cfg),
-        method=method,
-    )
-
-
-def compile_steps(
-    base: hf.Base,
-    cfg: config.Config,
-    devices: parallel.Devices,
-    method: methods.Method,
-) -> steps.Steps:
-    """The steps of a method for these devices, each compiled when it is first called."""
-    pure = steps.make(base.model, cfg, method)
-    train = parallel.compile(pure.train, devices, batch=3, args=4)
-    probe = parallel.compile(pure.probe, devices, batch=3, args=4)
-    if devices.mode == "exact":
-        train_and_probe = steps.both(train, probe)
-    else:
-        train_and_probe = parallel.compile(
-            pure.train_and_probe, devices, batch=3, args=5, split=2
-        )
-    return steps.Steps(
-        train=train,
-        probe=probe,
-        rehearse=parallel.compile(pure.rehearse, devices, batch=3, args=5),
-        validate=parallel.compile(pure.validate, devices, batch=2, args=3),
-        squares=parallel.compile(pure.squares, devices, batch=3, args=4),
-        train_and_probe=train_and_probe,
-    )
-
-
-def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.Row]]:
-    """The rows that the memory keeps of each task: its rule's, or another run's.
-
-    None yet of those that are to be written (`synthesise`).
-    """
-    if cfg.source == "model" and not cfg.replay:
-        return []
-    if cfg.replay:
-        # The last task is rehearsed by none.
-        return [tasks.remembered(cfg.replay, task.name) for task in stream[:-1]]
-    return memory.sample([task.train for task in stream[:-1]], cfg.percent, cfg.rule)
-
-
-def fresh(job: Job, number: int = 0) -> Tree:
-    """The adapter before any training: that of `lora.path`, or a new one.
-
-    Every single-task run begins with the new one of number 0.
-    """
-    if job.start is not None:
-        return job.start
-    key = jax.random.key(job.cfg.train.seed)
-    if number:
-        key = jax.random.fold_in(key, number)
-    delta = lora.init(key, job.base.params, job.base.keys, job.cfg.lora)
-    return jax.device_put(delta, job.devices.replicated)
-
-
-def fingerprints(job: Job) -> dict[str, str]:
-    """Hashes of what a run was begun with: base, adapter, the rows that each task uses."""
-    rows = {
-        f"the {split} rows of task '{task.name}'": getattr(task, split)
-        for task in job.stream
-        for split in tasks.SPLITS
-    } | {
-        f"the memory rows of task '{task.name}'": kept
-        for task, kept in zip(job.stream, job.memory, strict=False)
-    }
-    found = {name: json.dumps(rows).encode() for name, rows in rows.items()}
-    if job.start is not None:
-        leaves = jax.tree.leaves(jax.device_get(job.start))
-        found[f"lora.path '{job.cfg.lora.path}'"] = b"".join(leaves)
-    return {f"model.path '{job.cfg.model.path}'": job.base.fingerprint} | {
-        name: hashlib.sha256(content).hexdigest() for name, content in found.items()
-    }
-
-
 def restore(
-    job: Job,
+    job: jobs.Job,
     method: methods.Method,
     inputs: dict[str, str],
     checkpointer: checkpoint.Checkpointer,
@@ -418,9 +218,9 @@ def restore(
     return unpack(place, arrays, facts), facts
 
 
-def beginning(job: Job, method: methods.Method) -> Place:
+def beginning(job: jobs.Job, method: methods.Method) -> Place:
     """The place before the first task."""
-    delta = fresh(job)
+    delta = jobs.fresh(job)
     memo = methods.Memo()
     if method.start:
         memo = method.start(delta, len(job.stream))
@@ -429,7 +229,7 @@ def beginning(job: Job, method: methods.Method) -> Place:
 
 
 def begin(
-    job: Job,
+    job: jobs.Job,
     checkpointer: checkpoint.Checkpointer,
     place: Place,
     save: Callable[[Place], None],
@@ -450,7 +250,7 @@ def begin(
 
 
 def keep(
-    job: Job,
+    job: jobs.Job,
     checkpointer: checkpoint.Checkpointer,
     place: Place,
     facts: dict[str, Any],
@@ -495,32 +295,8 @@ def unpack(like: Place, arrays: Tree, facts: dict[str, Any]) -> Place:
     return Place(facts["step"], arrays["state"], memo, arrays["best"], best_loss)
 
 
-def lesson(job: Job, number: int) -> Lesson:
-    """Task `number` of the stream with what the earlier tasks leave it."""
-    cfg, task = job.cfg, job.stream[number]
-    held = tasks.validation(job.stream[: number + 1], cfg.train.validation_rows)
-    kept = memory.fill(job.memory[:number])
-    split = train_rows(job, number), held, kept
-    train, held, kept = (batches.encode(job.text, rows) for rows in split)
-    target = batches.longest_target(train + kept)
-    return Lesson(task.name, number, train, held, kept, _key(cfg, task), target)
-
-
-def train_rows(job: Job, number: int) -> list[batches.Row]:
-    """The rows that the method trains on at task `number` of the stream."""
-    stream = [task.train for task in job.stream]
-    if not job.method.rows:
-        return stream[number]
-    return job.method.rows(stream, number, memory.fill(job.memory[:number]))
-
-
-def total_steps(job: Job, number: int) -> int:
-    """Optimizer steps on task `number`; the memory up to it must be there."""
-    return batches.total_steps(len(train_rows(job, number)), job.cfg.train)
-
-
 def train_task(
-    job: Job,
+    job: jobs.Job,
     number: int,
     place: Place,
     seconds: dict[str, float],
@@ -533,7 +309,7 @@ def train_task(
     place: where to begin, in the task or before it; show: `logs.board` from this task on.
     """
     began = time.perf_counter()
-    task = lesson(job, number)
+    task = jobs.lesson(job, number)
     bar.set_description(f"task {number + 1}/{len(job.stream)} {task.name}")
 
     def log(file: str, row: dict[str, Any]) -> None:
@@ -558,7 +334,7 @@ def train_task(
     return place
 
 
-def adapter(job: Job, place: Place, number: int) -> Tree:
+def adapter(job: jobs.Job, place: Place, number: int) -> Tree:
     """What task `number` is evaluated with, and exported, after the task at `place`."""
     if job.method.adapter:
         return job.method.adapter(place.state.delta, place.memo, number)
@@ -571,9 +347,9 @@ def composed(method: methods.Method, delta: Tree, memo: methods.Memo) -> Tree:
 
 
 def train(
-    job: Job,
+    job: jobs.Job,
     method: methods.Method,
-    task: Lesson,
+    task: jobs.Lesson,
     place: Place,
     log: Callable[[str, dict[str, Any]], None],
     save: Callable[[Place], None],
@@ -605,11 +381,11 @@ def train(
     ]
 
     def dispatch(state: steps.State, memo: methods.Memo, step: int) -> tuple:
-        batch, rows = train_batch(job, task, step)
+        batch, rows = jobs.train_batch(job, task, step)
         given = job.base.params, state, memo.arrays, batch
         work = {"steps": 1, "train_tokens": batches.tokens(rows)}
         if probing and step % method.probe == 0:
-            chunk, recalled = memory_batch(job, task, [(step, 0)])
+            chunk, recalled = jobs.memory_batch(job, task, [(step, 0)])
             after, measures, history = job.steps.train_and_probe(*given, chunk)
             work |= {"probes": 1, "probe_tokens": batches.tokens(recalled[0])}
         else:
@@ -651,7 +427,7 @@ def train(
 
 
 def evaluate_task(
-    job: Job, number: int, place: Place, seconds: dict[str, float]
+    job: jobs.Job, number: int, place: Place, seconds: dict[str, float]
 ) -> list[float]:
     """Scores on tasks 0..`number`, with the predictions written to disk."""
     began = time.perf_counter()
@@ -665,7 +441,7 @@ def evaluate_task(
     return scores
 
 
-def predict(job: Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
+def predict(job: jobs.Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
     """A row of text, label, prediction and score for every test row of a task."""
     examples = batches.encode(job.text, task.test, truncate=False)
     made = evaluate.texts(job.text.tokenizer, decoded(job, job.decode, delta, examples))
@@ -682,7 +458,7 @@ def predict(job: Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
 
 
 def decoded(
-    job: Job, decode: Callable, delta: Tree, examples: list[batches.Example]
+    job: jobs.Job, decode: Callable, delta: Tree, examples: list[batches.Example]
 ) -> list[np.ndarray]:
     """Token ids that the model gives for each example."""
     rows = job.cfg.eval.batch_size
@@ -691,19 +467,19 @@ def decoded(
     )
 
 
-def writes(job: Job) -> bool:
+def writes(job: jobs.Job) -> bool:
     """Whether the model writes the rows of the memory."""
     cfg = job.cfg.memory
     return job.method.memory and cfg.source == "model" and not cfg.replay
 
 
 def synthesise(
-    job: Job, number: int, place: Place, seconds: dict[str, float]
+    job: jobs.Job, number: int, place: Place, seconds: dict[str, float]
 ) -> list[batches.Row]:
     """The rows that the model writes after task `number` for the memory; they are saved."""
     began = time.perf_counter()
     cfg, task, params = job.cfg, job.stream[number], job.base.params
-    key = _key(cfg, task)
+    key = jobs.key(cfg, task)
     base_alone = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), place.state.delta)
     seed = jax.random.fold_in(jax.random.key(key[0]), key[1])
     keys = (jax.random.fold_in(seed, batch) for batch in itertools.count())
@@ -752,7 +528,7 @@ def synthesise(
 
 
 def held_out_scores(
-    job: Job, when: str, delta: Tree, seconds: dict[str, float]
+    job: jobs.Job, when: str, delta: Tree, seconds: dict[str, float]
 ) -> dict[str, float]:
     """Scores on the held-out tasks, `before` or `after` the stream; predictions are kept."""
     began = time.perf_counter()
@@ -777,7 +553,7 @@ def kept_score(file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]) -> 
 
 
 def single_score(
-    job: Job, number: int, inputs: dict[str, str], seconds: dict[str, float]
+    job: jobs.Job, number: int, inputs: dict[str, str], seconds: dict[str, float]
 ) -> float:
     """Score of a fresh adapter trained on task `number` alone, for FWT.
 
@@ -807,21 +583,15 @@ def single_score(
 
 
 def learn_alone(
-    job: Job, task: tasks.Task, inputs: dict[str, str], seconds: dict[str, float]
+    job: jobs.Job, task: tasks.Task, inputs: dict[str, str], seconds: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Predictions of a fresh adapter trained on `task` alone."""
     began = time.perf_counter()
-    cfg = job.cfg.train
-    rows, held = task.train, tasks.validation([task], cfg.validation_rows)
-    if cfg.single_holdout:
-        rows, held = tasks.holdout(task.train, cfg.single_holdout)
-    examples, validation = (batches.encode(job.text, r) for r in (rows, held))
-    target = batches.longest_target(examples)
-    alone = Lesson(task.name, 0, examples, validation, [], _key(job.cfg, task), target)
+    alone = jobs.alone(job, task)
     work = collections.Counter()
-    apart = job._replace(start=None, steps=job.plain, work=work)
+    apart = dataclasses.replace(job, start=None, steps=job.plain, work=work)
     method = methods.Method()
-    total = batches.total_steps(len(examples), cfg)
+    total = batches.total_steps(len(alone.train), job.cfg.train)
     with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
         place, facts = restore(apart, method, inputs, checkpointer)
         bar = logs.bar(total, place.step, job.cfg.logs.progress)
@@ -842,7 +612,7 @@ def learn_alone(
 
 
 def write_results(
-    job: Job,
+    job: jobs.Job,
     facts: dict[str, Any],
     single: list[float] | None,
     finished: bool = False,
@@ -888,7 +658,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def extra_bytes(job: Job, number: int, place: Place) -> int:
+def extra_bytes(job: jobs.Job, number: int, place: Place) -> int:
     """Bytes a method keeps after task `number`, beside the adapter and its optimizer.
 
     Its arrays, and the text of the rows that its memory has by then.
@@ -901,11 +671,6 @@ def extra_bytes(job: Job, number: int, place: Place) -> int:
     return text + sum(x.nbytes for x in jax.tree.leaves(arrays))
 
 
-def _key(cfg: config.Config, task: tasks.Task) -> tuple[int, int]:
-    # By name, so that a task's random choices do not depend on its place in the stream.
-    return cfg.train.seed, zlib.crc32(task.name.encode())
-
-
 def _json(file: pathlib.Path) -> Any:
     try:
         return json.loads(file.read_text())
@@ -915,55 +680,17 @@ def _json(file: pathlib.Path) -> Any:
         ) from None
 
 
-def _numbered(job: Job, number: int) -> str:
+def _numbered(job: jobs.Job, number: int) -> str:
     return f"{number:02d}-{job.stream[number].name}"
 
 
-def _listed(job: Job, scores: list[float | None]) -> str:
+def _listed(job: jobs.Job, scores: list[float | None]) -> str:
     named = zip(job.stream, scores, strict=False)
     known = [f"{task.name} {100 * x:.1f}" for task, x in named if x is not None]
     return ", ".join(known) or "not trained"
 
 
-def train_batch(
-    job: Job, task: Lesson, step: int
-) -> tuple[Tree, list[batches.Example]]:
-    """The batch of a step on its devices, and its rows."""
-    cfg = job.cfg.train
-    chosen = [
-        [task.train[i] for i in rows]
-        for rows in batches.step_rows(len(task.train), cfg, task.key, step)
-    ]
-    rows = cfg.micro_batch_size or cfg.batch_size
-    batch = batches.collate(job.text, chosen, rows, cfg.average, task.target)
-    return parallel.place(batch, job.devices), [e for m in chosen for e in m]
-
-
-def memory_batch(
-    job: Job, task: Lesson, places: Sequence[tuple[int, int]]
-) -> tuple[Tree, list[list[batches.Example]]]:
-    """Memory batches for (step, number) pairs, and their rows.
-
-    Number 0 probes, others rehearse.
-    """
-    cfg = job.cfg
-    chosen = [
-        [
-            task.memory[i]
-            for i in memory.draw(
-                len(task.memory), cfg.memory.batch_size, (*task.key, step, number)
-            )
-        ]
-        for step, number in places
-    ]
-    batch = batches.stack(job.text, chosen, cfg.memory.batch_size, task.target)
-    if getattr(cfg.method, "loss_scale", None) == "accumulation":
-        micro = cfg.train.micro_batch_size or cfg.train.batch_size
-        batch["weights"] /= cfg.train.batch_size // micro
-    return parallel.place(batch, job.devices), chosen
-
-
-def _tools(job: Job, task: Lesson) -> methods.Tools:
+def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
     """What a method may call during `task`."""
 
     def rehearse(
@@ -974,7 +701,7 @@ def _tools(job: Job, task: Lesson) -> methods.Tools:
             size = min(CHUNK, count + 1 - first)
             # A chunk is always full, so that every one has the same shape.
             places = [(step, first + i % size) for i in range(CHUNK)]
-            batch, rows = memory_batch(job, task, places)
+            batch, rows = jobs.memory_batch(job, task, places)
             state, values = job.steps.rehearse(
                 job.base.params, state, memo.arrays, batch, size
             )
@@ -1004,7 +731,7 @@ def _tools(job: Job, task: Lesson) -> methods.Tools:
         remembered=len(task.memory),
         rehearse=rehearse,
         fuse=fusion.fuse,
-        fresh=functools.partial(fresh, job._replace(start=None)),
+        fresh=functools.partial(jobs.fresh, dataclasses.replace(job, start=None)),
         fisher=fisher,
     )
 
@@ -1020,13 +747,13 @@ def _read(step: int, total: int, measures: Tree, history: Any) -> methods.Signal
     )
 
 
-def _validation_loss(job: Job, delta: Tree, validation: list[Tree]) -> float:
+def _validation_loss(job: jobs.Job, delta: Tree, validation: list[Tree]) -> float:
     parts = [job.steps.validate(job.base.params, delta, batch) for batch in validation]
     return float(np.sum(jax.device_get(parts), dtype=np.float64))
 
 
 def _check_finite(
-    job: Job, task: Lesson, signals: methods.Signals, ids: list[str]
+    job: jobs.Job, task: jobs.Lesson, signals: methods.Signals, ids: list[str]
 ) -> None:
     bad = [
         name

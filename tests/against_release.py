@@ -17,7 +17,7 @@ import golden
 from test_golden import Kit
 
 import aim_jax
-from aim_jax import benchmark, config, parallel, run
+from aim_jax import benchmark, config, jobs, parallel, run
 from aim_jax.data import batches
 
 # Clock here -> its mean in the recording.
@@ -44,7 +44,7 @@ def replay() -> dict[str, Any]:
         logs=config.Logs(progress=False),
     )
     spent = collections.defaultdict(collections.Counter)
-    kept = {name: getattr(run, name) for name in PATCHED}
+    kept = [(place, name, getattr(place, name)) for place, name in PATCHED]
     try:
         feed(kit)
         for part in ("train_task", "evaluate_task", "run"):
@@ -53,8 +53,8 @@ def replay() -> dict[str, Any]:
             results = run.run(cfg, pathlib.Path(folder) / "run")
             merges = (pathlib.Path(folder) / "run" / "merges.jsonl").read_text()
     finally:
-        for name, original in kept.items():
-            setattr(run, name, original)
+        for place, name, original in kept:
+            setattr(place, name, original)
     made = [json.loads(line) for line in merges.splitlines()]
     rows = released(cfg, made, len(results["tasks"]))
     parts = {"training": "train_task", "evaluation": "evaluate_task"}
@@ -77,28 +77,24 @@ def replay() -> dict[str, Any]:
 
 
 PATCHED = (
-    "fresh",
-    "train_batch",
-    "memory_batch",
-    "train_task",
-    "evaluate_task",
-    "run",
+    *((jobs, name) for name in ("fresh", "train_batch", "memory_batch")),
+    *((run, name) for name in ("train_task", "evaluate_task", "run")),
 )
 
 
 def feed(kit: Kit) -> None:
     """Let runs begin with the recorded adapter, and read the recorded batches."""
     start = kit.tree(golden.trace(golden.CONTINUAL[0])["lora_start"])
-    draw = run.memory_batch
+    draw = jobs.memory_batch
 
-    def train_batch(job: run.Job, task: run.Lesson, step: int) -> tuple:
+    def train_batch(job: jobs.Job, task: jobs.Lesson, step: int) -> tuple:
         data, train = golden.trace(golden.CONTINUAL[task.number]), job.cfg.train
         micros = data["mb_rows"][data["mb_step"] == step]
         chosen = [golden.examples(data, rows) for rows in micros]
         batch = batches.collate(job.text, chosen, train.micro_batch_size, train.average)
         return parallel.place(batch, job.devices), [e for m in chosen for e in m]
 
-    def memory_batch(job: run.Job, task: run.Lesson, places: list) -> tuple:
+    def memory_batch(job: jobs.Job, task: jobs.Lesson, places: list) -> tuple:
         if len(places) > 1 or places[0][1]:  # rehearsal: how much, this run decides
             return draw(job, task, places)
         data = golden.trace(golden.CONTINUAL[task.number])
@@ -107,8 +103,8 @@ def feed(kit: Kit) -> None:
         batch = batches.stack(job.text, chosen, rows)
         return parallel.place(batch, job.devices), chosen
 
-    run.fresh = lambda job, number=0: start
-    run.train_batch, run.memory_batch = train_batch, memory_batch
+    jobs.fresh = lambda job, number=0: start
+    jobs.train_batch, jobs.memory_batch = train_batch, memory_batch
 
 
 def clocked(name: str, spent: dict[str, collections.Counter]) -> Any:

@@ -12,7 +12,7 @@ import peft
 import torch
 import transformers
 
-from aim_jax import run
+from aim_jax import jobs
 from aim_jax.data import batches
 from aim_jax.models import hf
 
@@ -31,7 +31,7 @@ class Side(NamedTuple):
     generate: Callable[[Rows, int], list[list[int]]]
 
 
-def sides(job: run.Job, compiled: bool) -> dict[str, Side]:
+def sides(job: jobs.Job, compiled: bool) -> dict[str, Side]:
     """PyTorch for the model and settings of a job: eager, and by torch.compile.
 
     On a CPU it has the threads that this process may use.
@@ -44,7 +44,7 @@ def sides(job: run.Job, compiled: bool) -> dict[str, Side]:
     return found
 
 
-def side(job: run.Job, prepared: Callable) -> Side:
+def side(job: jobs.Job, prepared: Callable) -> Side:
     """One model of its own; prepared: what makes its forward pass fast."""
     cfg, encdec = job.cfg, job.text.kind == "encdec"
     auto = transformers.AutoModelForCausalLM

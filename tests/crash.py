@@ -141,7 +141,7 @@ def job(folder: pathlib.Path, overrides: list[str]) -> None:
     sys.path.insert(0, str(ROOT))
     from absl import app
 
-    from aim_jax import checkpoint, evaluate, logs, main, run
+    from aim_jax import checkpoint, evaluate, jobs, logs, main, run
 
     def saying(phase, module, name):
         function = getattr(module, name)
@@ -153,19 +153,19 @@ def job(folder: pathlib.Path, overrides: list[str]) -> None:
         setattr(module, name, wrapped)
 
     print("load", flush=True)
-    saying("step", run, "train_batch")
+    saying("step", jobs, "train_batch")
     saying("save", checkpoint, "save")
     saying("write", logs, "write")
     saying("evaluate", evaluate, "generate")
     saying("single", run, "single_score")
-    rehearsal = run.memory_batch
+    rehearsal = jobs.memory_batch
 
     def memory_batch(job, task, places):
         if places[0][1]:  # 0 is a probe
             print("rehearse", flush=True)
         return rehearsal(job, task, places)
 
-    run.memory_batch = memory_batch
+    jobs.memory_batch = memory_batch
     config = pathlib.Path(__file__).with_name("crash_config.py")
     settings = [f"--set={text}" for text in overrides]
     app.run(main.main, ["", f"--config={config}", f"--workdir={folder}", *settings])

@@ -23,7 +23,7 @@ import referee
 import torch
 from test_golden import Kit
 
-from aim_jax import config, metrics, run, steps
+from aim_jax import config, jobs, metrics, run, steps
 
 
 def noisy() -> None:
@@ -171,7 +171,7 @@ def main(folder: pathlib.Path, engine: str, seeds: list[int]) -> None:
             it = Torch(kit, seed)
             both = steps.both(it.train, it.probe)
             made = steps.Steps(it.train, it.probe, it.rehearse, it.validate, None, both)
-            run.compile_steps = lambda *args, made=made: made
+            jobs.compile_steps = lambda *args, made=made: made
         own = folder / f"{engine}{seed}"
         results = run.run(cfg, own)
         matrix = [row[: i + 1] for i, row in enumerate(results["matrix"])]

@@ -14,7 +14,7 @@ import test_run
 from fixtures import make_models
 
 import aim_jax
-from aim_jax import benchmark, config, parallel, plan, run
+from aim_jax import benchmark, config, jobs, parallel, plan, run
 from aim_jax.data import batches
 from aim_jax.methods import sequential
 from aim_jax.models import hf
@@ -96,7 +96,7 @@ def test_figures_of_real_rows():
     cfg = test_run.make()
     bench = benchmark.real(cfg, 3)
     found = benchmark.step(bench, {}, 1, 2)
-    rows = [run.train_batch(bench.job, bench.task, s)[1] for s in (1, 2)]
+    rows = [jobs.train_batch(bench.job, bench.task, s)[1] for s in (1, 2)]
     work = found["train step"]["tokens_per_second"] * found["train step"]["seconds"]
     assert work == pytest.approx(sum(map(batches.tokens, rows)) / 2)
     assert "gflops" not in found["train step"]
@@ -241,9 +241,9 @@ def test_seconds_of_the_release():
 @pytest.mark.slow
 @golden.needed
 def test_the_recorded_run_again():
-    kept = run.run, run.train_batch, run.fresh
+    kept = run.run, jobs.train_batch, jobs.fresh
     found = benchmark.beside("against_release").replay()
-    assert (run.run, run.train_batch, run.fresh) == kept
+    assert (run.run, jobs.train_batch, jobs.fresh) == kept
     recorded = [golden.trace(name) for name in golden.CONTINUAL]
     assert found["work"]["steps"] == sum(len(data["lr"]) for data in recorded)
     assert found["work"]["probes"] == sum(

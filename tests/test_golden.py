@@ -6,6 +6,7 @@ README says how). The numbers here may be updated only with a new recording.
 """
 
 import collections
+import dataclasses
 import functools
 
 import golden
@@ -18,6 +19,7 @@ from aim_jax import (
     config,
     evaluate,
     fusion,
+    jobs,
     lora,
     methods,
     metrics,
@@ -427,7 +429,9 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
 
     (example,) = golden.examples(data, data["eval_rows"][:1])
     rows = [example] * len(data["train_rows"])
-    job = run.Job(**dict.fromkeys(run.Job._fields))._replace(
+    blank = dict.fromkeys(f.name for f in dataclasses.fields(jobs.Job))
+    job = dataclasses.replace(
+        jobs.Job(**blank),
         cfg=kit.cfg,
         base=kit.base,
         text=kit.text,
@@ -438,7 +442,7 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
     zero = np.float32(0)
     state = steps.init(zero, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), zero, np.inf)
-    lesson = run.Lesson(name, 0, rows, [example], [], (0, 0))
+    lesson = jobs.Lesson(name, 0, rows, [example], [], (0, 0))
     end = run.train(
         job, methods.Method(), lesson, start, lambda *a: None, lambda *a: None
     )

@@ -13,7 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import aim_jax
-from aim_jax import config, main, run
+from aim_jax import config, jobs, main, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
@@ -513,7 +513,7 @@ def test_a_sweep_runs_all_its_configs_and_seeds(call, capsys, monkeypatch, tmp_p
     (tmp_path / "sweep.py").write_text(SWEEP)
     seen, loads, runs = [], [], tmp_path / "run"
     monkeypatch.setattr(run, "run", stand_in(seen))
-    monkeypatch.setattr(run, "load_model", loads.append)
+    monkeypatch.setattr(jobs, "load_model", loads.append)
     call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"], set=["lora.r=2"])
     assert [cfg.method.name for cfg in loads] == ["aim", "sequential"], (
         "seeds share one"
@@ -536,7 +536,7 @@ def test_a_run_that_fails_stops_no_other(call, capsys, monkeypatch, tmp_path):
     (tmp_path / "sweep.py").write_text(SWEEP)
     seen = []
     monkeypatch.setattr(run, "run", stand_in(seen, fails={1}))
-    monkeypatch.setattr(run, "load_model", lambda cfg: None)
+    monkeypatch.setattr(jobs, "load_model", lambda cfg: None)
     with pytest.raises(SystemExit) as ended:
         call(config=str(tmp_path / "sweep.py"), seeds=["1", "3"])
     assert ended.value.code == 2 and len(seen) == 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from aim_jax import config, logs, lora, methods, run
+from aim_jax import config, jobs, logs, lora, methods, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import ewc
 from aim_jax.models import hf
@@ -77,13 +77,13 @@ class Lessons:
         train = dataclasses.replace(cfg.train, eval_every=100)
         cfg = dataclasses.replace(cfg, train=train)
         if not self.parts:
-            self.parts["job"] = run.prepare(make("aim"), self.folder)
+            self.parts["job"] = jobs.prepare(make("aim"), self.folder)
         job, method = self.parts["job"], methods.module(name).make(cfg.method)
         made = job.plain
         hooks = (method.compose, method.penalty, method.rehearsal_penalty)
         if any((*hooks, method.gradients)):
-            made = run.compile_steps(job.base, cfg, job.devices, method)
-        return job._replace(cfg=cfg, method=method, steps=made)
+            made = jobs.compile_steps(job.base, cfg, job.devices, method)
+        return dataclasses.replace(job, cfg=cfg, method=method, steps=made)
 
     def start(self, job):
         return run.beginning(job, job.method)
@@ -91,7 +91,7 @@ class Lessons:
     def train(self, job, number, place, save=lambda place: None):
         """The place after the task, and what was logged."""
         logged = []
-        task = run.lesson(job, number)
+        task = jobs.lesson(job, number)
         after = run.train(
             job, job.method, task, place, lambda *row: logged.append(row), save
         )
@@ -164,16 +164,19 @@ class Runs:
         cfg = make(name)
         memory = dataclasses.replace(cfg.memory, **memory)
         self.cfg, self.folder = dataclasses.replace(cfg, memory=memory), folder
-        self.job = run.prepare(self.cfg, folder / "unused")
+        self.job = jobs.prepare(self.cfg, folder / "unused")
 
     def job_in(self, cfg, folder, load):
         logs.write(folder / "config.json", json.dumps(config.to_json(cfg)))
-        return self.job._replace(
-            folder=folder, memory=list(self.job.memory), work=collections.Counter()
+        return dataclasses.replace(
+            self.job,
+            folder=folder,
+            memory=list(self.job.memory),
+            work=collections.Counter(),
         )
 
     def __call__(self, name, monkeypatch):
-        monkeypatch.setattr(run, "prepare", self.job_in)
+        monkeypatch.setattr(jobs, "prepare", self.job_in)
         return run.run(self.cfg, self.folder / name), self.folder / name
 
 
@@ -244,7 +247,7 @@ def test_a_memory_that_the_model_writes(tmp_path, monkeypatch):
 
 def test_replay_trains_on_the_task_and_the_memory_together(lessons):
     job = lessons.job("replay")
-    first, second = (run.lesson(job, n) for n in range(2))
+    first, second = (jobs.lesson(job, n) for n in range(2))
     ids = [e.id for e in second.train]
     assert [e.id for e in first.train] == [r["id"] for r in job.stream[0].train]
     # 50 percent of the 8 rows of the first task, drawn by the memory's own rule.
@@ -255,17 +258,17 @@ def test_replay_trains_on_the_task_and_the_memory_together(lessons):
     # Two epochs of 12 rows in batches of 4, each row once an epoch.
     assert batches.total_steps(len(ids), job.cfg.train) == 6
     for epoch in range(2):
-        read = [run.train_batch(job, second, 3 * epoch + s)[1] for s in (1, 2, 3)]
+        read = [jobs.train_batch(job, second, 3 * epoch + s)[1] for s in (1, 2, 3)]
         assert sorted(e.id for batch in read for e in batch) == sorted(ids)
 
 
 def test_multitask_is_one_training_on_the_union(lessons):
     job = lessons.job("multitask")
     nothing, logged = lessons.train(job, 0, lessons.start(job))
-    assert not logged and run.lesson(job, 0).train == []
-    same(nothing.state.delta, run.fresh(job))
+    assert not logged and jobs.lesson(job, 0).train == []
+    same(nothing.state.delta, jobs.fresh(job))
     union = [r["id"] for task in job.stream for r in task.train]
-    assert [e.id for e in run.lesson(job, 1).train] == union
+    assert [e.id for e in jobs.lesson(job, 1).train] == union
     _, logged = lessons.train(job, 1, nothing)
     assert len([row for _, row in logged if "loss" in row]) == 8
 
@@ -311,7 +314,7 @@ def random_like(tree, seed):
 @pytest.mark.parametrize("name", ["ewc", "l2"])
 def test_the_penalty_is_quadratic_and_so_is_its_gradient(name, lessons):
     job = lessons.job(name, strength=3.0)
-    delta, anchor, fisher = (random_like(run.fresh(job), i) for i in range(3))
+    delta, anchor, fisher = (random_like(jobs.fresh(job), i) for i in range(3))
     if name == "l2":
         fisher = jax.tree.map(lambda x: np.float32(1), fisher)
     arrays = {"fisher": fisher, "anchor": anchor}
@@ -332,7 +335,7 @@ def test_the_penalty_is_quadratic_and_so_is_its_gradient(name, lessons):
 def test_ewc_measures_squared_gradients_of_single_rows(lessons):
     """F against one gradient a row, through another function of the loss."""
     job = lessons.job("ewc", normalize=False)
-    task = run.lesson(job, 0)._replace(train=run.lesson(job, 0).train[:3])
+    task = jobs.lesson(job, 0)._replace(train=jobs.lesson(job, 0).train[:3])
     place = lessons.start(job)
     delta = random_like(place.state.delta, 0)
     delta = jax.tree.map(lambda x: 0.1 * x, delta)
@@ -373,7 +376,7 @@ def test_a_penalty_is_added_to_the_mean_loss_once_a_step(lessons):
     anchor = jax.tree.map(lambda x: x + 0.1, state.delta)
     one = jax.tree.map(lambda x: np.float32(1), anchor)
     arrays = {"fisher": one, "anchor": anchor}
-    batch, _ = run.train_batch(job, run.lesson(job, 0), 1)
+    batch, _ = jobs.train_batch(job, jobs.lesson(job, 0), 1)
     after, measures = job.steps.train(job.base.params, state, arrays, batch)
     bare, alone = plain.steps.train(job.base.params, state, (), batch)
     assert float(measures["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-6)
@@ -401,7 +404,7 @@ def test_inc_lora_sums_frozen_adapters(lessons):
     job, plain = lessons.job("inc_lora"), lessons.job("sequential")
     begun = lessons.start(job)
     # In the first task what is beside its adapter is zero, and gives the same gradients.
-    batch, _ = run.train_batch(job, run.lesson(job, 0), 1)
+    batch, _ = jobs.train_batch(job, jobs.lesson(job, 0), 1)
     state = begun.state._replace(total=np.int32(4))
     ours, _ = job.steps.train(job.base.params, state, begun.memo.arrays, batch)
     theirs, _ = plain.steps.train(job.base.params, state, (), batch)
@@ -422,14 +425,14 @@ def test_inc_lora_sums_frozen_adapters(lessons):
     # A of the new adapter began elsewhere, and the first one moved no more.
     same(second.memo.arrays["past"], first.state.delta)
     assert not jax.tree.all(
-        jax.tree.map(np.array_equal, run.fresh(job, 1), run.fresh(job, 0))
+        jax.tree.map(np.array_equal, jobs.fresh(job, 1), jobs.fresh(job, 0))
     )
 
 
 def test_an_adapter_of_higher_rank_is_exported_at_its_scale(lessons, tmp_path):
     job = lessons.job("inc_lora")
     for cfg in (job.cfg.lora, dataclasses.replace(job.cfg.lora, use_rslora=True)):
-        wide = random_like(lora.widen(run.fresh(job), 3), 0)
+        wide = random_like(lora.widen(jobs.fresh(job), 3), 0)
         hf.save_adapter(tmp_path, wide, job.base.keys, cfg, "embedded")
         found, settings = hf.load_adapter(tmp_path, job.base.params, job.base.keys)
         same(found, wide)
@@ -440,7 +443,7 @@ def test_an_adapter_of_higher_rank_is_exported_at_its_scale(lessons, tmp_path):
 @pytest.mark.parametrize("measure", ["l1", "frobenius"])
 def test_olora_penalises_overlap_with_every_earlier_adapter(measure, lessons):
     job = lessons.job("olora", orthogonal=0.7, norm=0.3, measure=measure)
-    delta = random_like(run.fresh(job), 0)
+    delta = random_like(jobs.fresh(job), 0)
     earlier = [random_like(delta, i) for i in (1, 2)]
     past = lora.widen(delta, 3)  # the third is yet to come
     for number, adapter in enumerate(earlier):
@@ -459,7 +462,7 @@ def test_olora_penalises_overlap_with_every_earlier_adapter(measure, lessons):
     value = job.method.penalty(delta, {"past": past})
     assert float(value) == pytest.approx(expected, rel=1e-5)
     # B begins at 0, where a norm has no gradient.
-    grads = jax.grad(job.method.penalty)(run.fresh(job), {"past": past})
+    grads = jax.grad(job.method.penalty)(jobs.fresh(job), {"past": past})
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
@@ -725,8 +728,8 @@ def test_the_penalty_of_a_rehearsal(lessons):
     state = lessons.start(job).state._replace(total=np.int32(4))
     anchor = jax.tree.map(lambda x: x - 0.1, state.delta)
     arrays = {"anchor": anchor, "beta": np.float32(0.5)}
-    task = run.lesson(job, 0)._replace(memory=run.lesson(job, 0).train)
-    batch, _ = run.memory_batch(job, task, [(1, 1 + i) for i in range(run.CHUNK)])
+    task = jobs.lesson(job, 0)._replace(memory=jobs.lesson(job, 0).train)
+    batch, _ = jobs.memory_batch(job, task, [(1, 1 + i) for i in range(run.CHUNK)])
     after, losses = job.steps.rehearse(job.base.params, state, arrays, batch, 1)
     bare, alone = plain.steps.rehearse(job.base.params, state, (), batch, 1)
     assert float(losses[0]) == pytest.approx(float(alone[0]), rel=1e-6)

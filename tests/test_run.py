@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import checkpoint, config, logs, methods, records, rescore, run
+from aim_jax import checkpoint, config, jobs, logs, methods, records, rescore, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential
 from aim_jax.models import hf
@@ -132,7 +132,7 @@ def test_metrics_and_merges_tell_the_trajectory(whole):
 
 def test_a_finished_run_says_so_and_computes_nothing(whole, capsys, monkeypatch):
     folder, results = whole
-    monkeypatch.setattr(run, "prepare", None)
+    monkeypatch.setattr(jobs, "prepare", None)
     assert run.run(make(eval__fwt=True), folder) == results
     assert "finished" in capsys.readouterr().out
 
@@ -219,7 +219,7 @@ def test_a_stream_that_starts_from_an_adapter(sequence, tmp_path):
     # Begun with another adapter, a run is not gone on with.
     other = shutil.copytree(sequence[0] / "adapters" / f"01-{TASKS[1]}", tmp_path / "o")
     cfg = plain(data__tasks=TASKS[1:2], lora__path=str(other))
-    run.prepare(cfg, tmp_path / "begun")
+    jobs.prepare(cfg, tmp_path / "begun")
     shutil.copytree(tmp_path / "second" / "checkpoints", tmp_path / "begun/checkpoints")
     with pytest.raises(aim_jax.InputError, match="lora.path .*changed since"):
         run.run(cfg, tmp_path / "begun")
@@ -317,10 +317,10 @@ def test_a_memory_that_lacks_a_task_or_is_broken_is_named(whole, tmp_path):
     file = tmp_path / f"memory/01-{TASKS[1]}.jsonl"
     file.write_text('{"input": "a\u2028", "output": "b"}\n{"input"\n', "utf-8")
     with pytest.raises(aim_jax.InputError, match=f"01-{TASKS[1]}.jsonl: row 1 .*JSON"):
-        run.prepare(cfg, tmp_path / "run")
+        jobs.prepare(cfg, tmp_path / "run")
     file.unlink()
     with pytest.raises(aim_jax.InputError, match=f"no NN-{TASKS[1]}.*{TASKS[0]}"):
-        run.prepare(cfg, tmp_path / "run")
+        jobs.prepare(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -347,7 +347,7 @@ def test_results_tell_what_training_took(whole):
     assert work["probes"] == sum(r["history"] is not None for r in steps) == 24
     assert work["rehearsal_steps"] == sum(r["rehearsal"] for r in merges) > 0
     # Every row is read once an epoch, and there are two.
-    text = run.prepare(make(), folder.parent / "unused").text
+    text = jobs.prepare(make(), folder.parent / "unused").text
     read = [
         batches.tokens(batches.encode(text, synthetic.task(n, 0, *SIZES)["train"][:24]))
         for n in TASKS
@@ -383,7 +383,7 @@ def guard():
 def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guard):
     """Between steps nothing goes to the device but what is placed there on purpose."""
     cfg = make(data__buckets=(32, 48, 64), parallel__speculate=False)
-    job = run.prepare(cfg, tmp_path)
+    job = jobs.prepare(cfg, tmp_path)
     calls = collections.Counter()
 
     def counted(name):
@@ -400,7 +400,8 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guar
             return job.method.after_step(*args)
 
     names = ("train", "train_and_probe", "probe", "rehearse", "validate")
-    counting = job._replace(
+    counting = dataclasses.replace(
+        job,
         steps=job.steps._replace(**{name: counted(name) for name in names}),
         method=job.method._replace(after_step=after_step),
     )
@@ -433,7 +434,7 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guar
 def test_a_loss_that_is_not_finite_stops_with_step_rows_and_adapter(
     tmp_path, monkeypatch
 ):
-    real = run.lesson
+    real = jobs.lesson
 
     def poisoned(job, number):
         if number == 1:
@@ -441,7 +442,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rows_and_adapter(
             job.base.params.update(broken)
         return real(job, number)
 
-    monkeypatch.setattr(run, "lesson", poisoned)
+    monkeypatch.setattr(jobs, "lesson", poisoned)
     with pytest.raises(aim_jax.InputError) as error:
         run.run(make(), tmp_path / "run")
     text = str(error.value)
@@ -580,9 +581,9 @@ def test_held_out_predictions_are_made_once(tmp_path, monkeypatch):
     held.mkdir(parents=True)
     made = synthetic.task(TASKS[0], 1, *SIZES)["test"]
     (held / "mine.json").write_text(json.dumps(made))
-    job = run.prepare(make(eval__before_after=(str(held.parent),)), tmp_path / "run")
+    job = jobs.prepare(make(eval__before_after=(str(held.parent),)), tmp_path / "run")
     seconds = {"evaluate": 0.0}
-    scores = run.held_out_scores(job, "before", run.fresh(job), seconds)
+    scores = run.held_out_scores(job, "before", jobs.fresh(job), seconds)
     assert list(scores) == ["mine"] and seconds["evaluate"] > 0
     monkeypatch.setattr(run, "predict", lambda *args: pytest.fail("scored again"))
     assert run.held_out_scores(job, "before", None, seconds) == scores
