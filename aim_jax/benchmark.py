@@ -347,10 +347,11 @@ def start(command: Sequence[str]) -> dict[str, Any]:
             runs.append(json.loads(done.stdout) | {"began": began})
     weights, found = runs[-1]["weights"], {}
     for cache, r in zip(("nothing compiled", "compilation cache"), runs, strict=True):
-        found[f"first step + probe, {cache}"] = {
-            "seconds": r["ended"] - r["began"] - r["weights"]["seconds"],
-            "processor_seconds": r["processor_seconds"],
-        }
+        for moment, clocks in r["moments"].items():
+            found[f"first step + probe {moment}, {cache}"] = {
+                "seconds": clocks["time"] - r["began"] - r["weights"]["seconds"],
+                "processor_seconds": clocks["processor_seconds"],
+            }
     size = weights["bytes"]
     rate = {"bytes_per_second": size / weights["seconds"]}
     return found | {
@@ -362,6 +363,7 @@ def start(command: Sequence[str]) -> dict[str, Any]:
 def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     """What `start` is made of, in this process: all before its first step, and the step.
 
+    moments: when the step was on its way, all compiled, and when it was done.
     processor_seconds: of the process until then, without the loading of the weights.
     """
     (devices, base), spent = elapsed(lambda: load(cfg))
@@ -369,13 +371,21 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     job, (state, memo) = bench.job, _state(bench, 1)
     batch, _ = jobs.train_batch(job, bench.task, 1)
     chunk, _ = jobs.memory_batch(job, bench.task, [(1, 0)])
-    jax.block_until_ready(
-        job.steps.train_and_probe(base.params, state, memo, batch, chunk)
-    )
+    moments = {}
+
+    def now(moment: str) -> None:
+        moments[moment] = {
+            "time": time.time(),
+            "processor_seconds": time.process_time() - spent["processor_seconds"],
+        }
+
+    after = job.steps.train_and_probe(base.params, state, memo, batch, chunk)
+    now("sent")
+    jax.block_until_ready(after)
+    now("done")
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
-        "ended": time.time(),
-        "processor_seconds": time.process_time() - spent["processor_seconds"],
+        "moments": moments,
         "weights": {
             **spent,
             "bytes": sum(x.nbytes for x in jax.tree.leaves(base.params)),

@@ -171,8 +171,10 @@ def test_first_step_weights_and_memory():
     assert rate == pytest.approx(weights["bytes"])
     assert found.pop("peak memory")["bytes"] > weights["bytes"]
     assert list(found) == [
-        "first step + probe, nothing compiled",
-        "first step + probe, compilation cache",
+        "first step + probe sent, nothing compiled",
+        "first step + probe done, nothing compiled",
+        "first step + probe sent, compilation cache",
+        "first step + probe done, compilation cache",
     ]
     assert all(v > 0 for row in found.values() for v in row.values())
 
