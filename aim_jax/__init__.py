@@ -1,6 +1,8 @@
 """Continual learning for language models in JAX, with AimMerging at its heart."""
 
 import contextlib
+import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -21,3 +23,17 @@ def command(argv: Sequence[str]) -> Iterator[None]:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def large_pages() -> None:
+    """Start this process anew with its memory in large pages, where it has small ones.
+
+    On a CPU a compiled call takes new memory for all that it makes on its way, and to get
+    that page by page takes up to half of a step's time (docs/performance.md). glibc reads
+    how to only when a process starts.
+    """
+    name, setting = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+    given = os.environ.get(name, "")
+    if platform.libc_ver()[0] == "glibc" and setting not in given:
+        os.environ[name] = ":".join(filter(None, (given, f"{setting}=1")))
+        os.execv(sys.executable, sys.orig_argv)

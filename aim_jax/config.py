@@ -48,7 +48,7 @@ class Data:
     max_input: int = 1024
     max_target: int = 128
     max_test_input: int = 8192  # beyond any row of the published benchmarks
-    buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 576, 1024)
+    buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 576, 768, 1024)
     target_buckets: tuple[int, ...] = (8, 32, 128)
     device_rows: int = 8  # that a device takes at once, of like lengths
 

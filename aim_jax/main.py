@@ -155,4 +155,5 @@ def cache_compilations() -> None:
 
 
 if __name__ == "__main__":
+    aim_jax.large_pages()
     app.run(main)

@@ -74,6 +74,15 @@ def test_bucket(length, size):
     assert batches.bucket(length, (8, 16)) == size
 
 
+@pytest.mark.parametrize(
+    "longest, length", [(3, 4), (5, 8), (9, 12), (13, 16), (17, 32)]
+)
+def test_prompts_end_at_a_bucket_or_half_way_to_it(longest, length):
+    made = batches.prompts(text(), [example(2, 1), example(longest, 1)], 3)
+    assert made["inputs"].shape == made["mask"].shape == (3, length)
+    assert made["mask"].sum(-1).tolist() == [2, longest, 0]
+
+
 def test_collate_encoder_decoder():
     batch = batches.collate(text(), [[example(3, 2), example(9, 4)]], rows=3)
     assert {k: v.shape for k, v in batch.items()} == {

@@ -457,6 +457,22 @@ def test_a_word_that_is_no_flag(call, capsys):
     assert "'train.epochs=3'" in capsys.readouterr().err
 
 
+def test_a_command_starts_anew_for_large_pages_once(monkeypatch):
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *given: begun.append(given))
+    monkeypatch.setattr(aim_jax.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    for _ in range(2):
+        aim_jax.large_pages()
+    assert begun == [(sys.executable, sys.orig_argv)]
+    both = "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"
+    assert os.environ["GLIBC_TUNABLES"] == both
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setattr(aim_jax.platform, "libc_ver", lambda: ("", ""))
+    aim_jax.large_pages()
+    assert len(begun) == 1
+
+
 def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
     def stop(cfg, folder):
         raise KeyboardInterrupt

@@ -4,6 +4,7 @@ Which rows make a batch depends on integers alone (seed, task, step), never on w
 drawn before: a resumed or repeated step sees the same rows.
 """
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -209,8 +210,13 @@ def _fill(row: Batch, example: Example, kind: str, weight: float) -> None:
 
 
 def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
-    """Inputs to decode from, leaves (rows, length): `inputs` and `mask`."""
-    length = bucket(max(len(e.inputs) for e in examples), sorted(text.data.buckets))
+    """Inputs to decode from, leaves (rows, length): `inputs` and `mask`.
+
+    Length: of a bucket, or half-way between two; each is compiled when it is first met.
+    """
+    buckets = sorted(text.data.buckets)
+    between = [(a + b) // 2 for a, b in itertools.pairwise((0, *buckets))]
+    length = bucket(max(len(e.inputs) for e in examples), sorted(buckets + between))
     rows = -(-rows // text.count) * text.count
     inputs = np.zeros((rows, length), np.int32)
     mask = np.zeros((rows, length), bool)
