@@ -39,7 +39,9 @@ def replay() -> dict[str, Any]:
     kit = Kit()
     cfg = dataclasses.replace(
         kit.cfg,
-        data=dataclasses.replace(kit.cfg.data, buckets=config.Data().buckets),
+        data=dataclasses.replace(
+            kit.cfg.data, buckets=config.Data().buckets, device_rows=2
+        ),
         eval=dataclasses.replace(kit.cfg.eval, fwt=False),
         logs=config.Logs(progress=False),
     )

@@ -19,7 +19,7 @@ import aim_jax
 from aim_jax import config, logs, parallel
 from aim_jax.models import hf
 
-# Each case: (model folder, changes of config.Parallel, devices).
+# Each case: (model folder, or folder:bits, changes of config.Parallel, devices).
 SCRIPT = """
 import json, sys, zlib
 import jax, numpy as np
@@ -29,8 +29,11 @@ from aim_jax.models import hf
 from fixtures import make_models
 
 def trained(name, changes, count):
+    folder, _, bits = name.partition(":")
     cfg = config.resolve(config.Config(
-        model=config.Model(path=str(make_models.FOLDER / name), dropout=0.0),
+        model=config.Model(
+            path=str(make_models.FOLDER / folder), bits=int(bits or 16), dropout=0.0
+        ),
         data=config.Data(buckets=(8, 16), target_buckets=(8,), device_rows=2),
         train=config.Train(batch_size=16, micro_batch_size=8, warmup_steps=2),
         lora=config.Lora(dropout=0.0, target=(".*(q|v|[qv]_proj)",)),
@@ -105,6 +108,7 @@ def results(cases, what):
         ("qwen3", "train"),
         pytest.param("t5", "all", marks=pytest.mark.slow),
         pytest.param("qwen3", "all", marks=pytest.mark.slow),
+        pytest.param("qwen3:4", "train", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_agree_with_one(name, what):
@@ -119,8 +123,8 @@ def test_eight_devices_agree_with_one(name, what):
         assert made["values"] == pytest.approx(one["values"], rel=1e-6), way
         assert made["norms"] == pytest.approx(one["norms"], rel=1e-6), way
         assert made["compiled"] == 1, way
-        if way["mode"] == "jit":  # the base is split, not copied
-            assert made["bytes"] < 0.2 * one["bytes"]
+        if way["mode"] == "jit":  # split, not copied, but for small parts
+            assert made["bytes"] < 0.25 * one["bytes"]
 
 
 @pytest.mark.parametrize(
