@@ -1,12 +1,14 @@
 """Continual learning for language models in JAX, with AimMerging at its heart."""
 
 import contextlib
-import os
+import ctypes
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 
 __version__ = "0.1.0"
+# Options of glibc's mallopt (malloc.h): arenas, blocks outside them, free bytes to keep.
+ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1
 
 
 class InputError(ValueError):
@@ -25,15 +27,14 @@ def command(argv: Sequence[str]) -> Iterator[None]:
         sys.exit(2)
 
 
-def large_pages() -> None:
-    """Start this process anew with its memory in large pages, where it has small ones.
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for what it needs next.
 
-    On a CPU a compiled call takes new memory for all that it makes on its way, and to get
-    that page by page takes up to half of a step's time (docs/performance.md). glibc reads
-    how to only when a process starts.
+    On a CPU a compiled call takes memory for all that it makes on its way; to give it back
+    each time and get it anew, page by page, takes up to half of a step's time
+    (docs/performance.md). Where the C library is not glibc, nothing happens.
     """
-    name, setting = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-    given = os.environ.get(name, "")
-    if platform.libc_ver()[0] == "glibc" and setting not in given:
-        os.environ[name] = ":".join(filter(None, (given, f"{setting}=1")))
-        os.execv(sys.executable, sys.orig_argv)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)

@@ -773,7 +773,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    aim_jax.large_pages()
+    aim_jax.keep_memory()
     flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
     flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
     flags.DEFINE_multi_enum("measure", USUAL, MEASURES, "May be repeated.")

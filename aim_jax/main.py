@@ -155,5 +155,5 @@ def cache_compilations() -> None:
 
 
 if __name__ == "__main__":
-    aim_jax.large_pages()
+    aim_jax.keep_memory()
     app.run(main)

@@ -6,8 +6,6 @@ import tempfile
 
 # Before jax starts, which reads all of these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# As commands have it, which without it start themselves anew.
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Outlives the tests: compiling is most of their time.
