@@ -491,7 +491,7 @@ def padding(cfg: config.Config) -> dict[str, Any]:
 
     `parts`: sorted within a batch and cut to a bucket; `batch`: a whole batch in the
     bucket of its longest row; `micro_batches`: as rows come, each micro-batch as long as
-    its longest row. `lengths`: all that a part is cut to.
+    its longest row. `lengths`: all that a part is cut to. `decoding`: of evaluation.
     """
     cfg = _with(cfg, train={"epochs": 1})
     job = _prepared(cfg)
@@ -517,6 +517,34 @@ def padding(cfg: config.Config) -> dict[str, Any]:
     return {
         "tokens": {way: round(count / real, 3) for way, count in ran.items()},
         "lengths": sorted(lengths),
+        "decoding": decoded(job),
+    }
+
+
+def decoded(job: jobs.Job) -> dict[str, float]:
+    """What evaluation of the test rows runs over, by their reference answers.
+
+    `tokens`: of prompts, for a real one; `steps`: of the token loop, for one that a row
+    needs; `shared`: the part of prompt tokens that all rows of a task begin with.
+    """
+    count: collections.Counter[str] = collections.Counter()
+    for task in job.stream:
+        examples = batches.encode(job.text, task.test, truncate=False)
+        prompts = [e.inputs.tolist() for e in examples]
+        count["shared"] += len(prompts) * len(os.path.commonprefix(prompts))
+        count["needed"] += sum(len(e.targets) for e in examples)
+        count["real"] += sum(map(len, prompts))
+        groups = evaluate.groups(
+            job.text, list(map(len, prompts)), job.cfg.eval.batch_size
+        )
+        for chosen, rows in groups:
+            some = [examples[i] for i in chosen]
+            count["tokens"] += batches.prompts(job.text, some, rows)["inputs"].size
+            count["steps"] += rows * batches.longest_target(some)
+    return {
+        "tokens": round(count["tokens"] / count["real"], 3),
+        "steps": round(count["steps"] / count["needed"], 3),
+        "shared": round(count["shared"] / count["real"], 3),
     }
 
 

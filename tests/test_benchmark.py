@@ -290,6 +290,8 @@ def test_padding_is_counted():
     # One bucket for all: whatever the parts, every row is as long as it.
     whole = benchmark.padding(test_run.make(data__buckets=(64,)))["tokens"]
     assert whole["parts"] == whole["batch"] > made["tokens"]["parts"]
+    read = made["decoding"]
+    assert read["tokens"] >= 1 and read["steps"] >= 1 and 0 < read["shared"] < 1
 
 
 def test_bad_input_is_one_line():
