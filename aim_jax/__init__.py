@@ -31,7 +31,7 @@ def keep_memory() -> None:
     """Let this process keep the memory that it frees, for what it needs next.
 
     On a CPU a compiled call takes memory for all that it makes on its way; to give it back
-    each time and get it anew, page by page, takes up to half of a step's time
+    each time and get it anew, page by page, takes a seventh of a step and more
     (docs/performance.md). Where the C library is not glibc, nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
