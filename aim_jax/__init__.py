@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,9 +33,10 @@ def keep_memory() -> None:
 
     On a CPU a compiled call takes memory for all that it makes on its way; to give it back
     each time and get it anew, page by page, takes a seventh of a step and more
-    (docs/performance.md). Where the C library is not glibc, nothing happens.
+    (docs/performance.md). Where the C library is not glibc, or is told by GLIBC_TUNABLES
+    what to do, nothing happens.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         libc = ctypes.CDLL(None)
         for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
