@@ -162,9 +162,7 @@ def plain(
     data = dataclasses.replace(cfg.data, buckets=buckets)
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
-    blank = dict.fromkeys(f.name for f in dataclasses.fields(jobs.Job))
-    job = dataclasses.replace(
-        jobs.Job(**blank),
+    job = jobs.partial(
         cfg=cfg,
         stream=[None, None],
         base=base,

@@ -76,6 +76,12 @@ class Lesson(NamedTuple):
     target: int = 0
 
 
+def partial(**fields: Any) -> Job:
+    """A job of these fields alone, the others None: for what needs no more of one."""
+    blank = dict.fromkeys(field.name for field in dataclasses.fields(Job))
+    return Job(**blank | fields)
+
+
 def load_model(cfg: config.Config) -> Loaded:
     """Base and tokenizer, and the functions over them, compiled lazily."""
     devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))

@@ -6,7 +6,6 @@ README says how). The numbers here may be updated only with a new recording.
 """
 
 import collections
-import dataclasses
 import functools
 
 import golden
@@ -429,9 +428,7 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
 
     (example,) = golden.examples(data, data["eval_rows"][:1])
     rows = [example] * len(data["train_rows"])
-    blank = dict.fromkeys(f.name for f in dataclasses.fields(jobs.Job))
-    job = dataclasses.replace(
-        jobs.Job(**blank),
+    job = jobs.partial(
         cfg=kit.cfg,
         base=kit.base,
         text=kit.text,

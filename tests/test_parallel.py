@@ -123,8 +123,10 @@ def test_eight_devices_agree_with_one(name, what):
         assert made["values"] == pytest.approx(one["values"], rel=1e-6), way
         assert made["norms"] == pytest.approx(one["norms"], rel=1e-6), way
         assert made["compiled"] == 1, way
-        if way["mode"] == "jit":  # split, not copied, but for small parts
-            assert made["bytes"] < 0.25 * one["bytes"]
+        if way["mode"] == "jit":  # the base is split, not copied
+            # Scales of 4-bit weights are too few to split: more of it stays whole.
+            limit = 0.25 if ":" in name else 0.2
+            assert made["bytes"] < limit * one["bytes"]
 
 
 @pytest.mark.parametrize(
