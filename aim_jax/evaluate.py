@@ -1,8 +1,9 @@
 """Compiled decoding in batches, greedy or by sampling, and the text that it gives."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,45 +13,73 @@ from aim_jax import config, lora, parallel, preemption
 from aim_jax.data import batches
 
 Tree = Any
+REFILL = 4  # finished rows make room for others as soon as they are a part of all
 
 
-def greedy(model: Any, eos: int, cfg: config.Config) -> Callable:
-    """A compiled function (base, delta, batch) -> tokens (b, max_length - 1) int32.
+class Pool(NamedTuple):
+    """Rows that are decoded together, in places (r,) that others take when they are done.
 
-    The most likely token each time, until every row has ended; a row is padded with eos
-    after its end. Rows without any input end at once.
+    cache: the model's; tokens (r, length) int32: those chosen so far, `count` (r,) of them,
+    eos elsewhere; done (r,): no more are wanted, as in a free place. To sample: keys (r, 2),
+    the random key of each row, and said (r, v), which tokens it has.
     """
 
-    def likeliest(logits: jax.Array, *context: Any) -> jax.Array:
+    cache: Tree
+    tokens: jax.Array
+    count: jax.Array
+    done: jax.Array
+    keys: jax.Array | None = None
+    said: jax.Array | None = None
+
+
+class Decoder(NamedTuple):
+    """Compiled functions that advance a `Pool`.
+
+    empty(base, delta, batch, key, rows) -> pool of `rows` free places for rows as in batch
+    widen(pool, extra) -> pool with room for prompts of `extra` more tokens
+    fill(base, delta, pool, batch, places, key) -> pool with the rows of a batch in it
+    run(base, delta, pool, least) -> pool of which `least` places a device are done
+
+    places: of each row on the device that has the row; of none for an empty row.
+    """
+
+    empty: Callable
+    widen: Callable
+    fill: Callable
+    run: Callable
+
+
+def greedy(
+    model: Any, eos: int, cfg: config.Config, devices: parallel.Devices
+) -> Decoder:
+    """Decodes up to `eval.max_length` - 1 tokens, the most likely one each time.
+
+    Rows without any input end at once.
+    """
+
+    def likeliest(logits: jax.Array, pool: Pool) -> jax.Array:
         return logits.argmax(-1)
 
-    return _decoder(model, eos, cfg.lora, cfg.eval.max_length - 1, likeliest)
+    return _decoder(model, eos, cfg.lora, cfg.eval.max_length - 1, devices, likeliest)
 
 
-def sampled(model: Any, kind: str, eos: int, cfg: config.Config) -> Callable:
-    """A compiled function (base, delta, batch, key) -> tokens (b, memory.max_tokens) int32.
+def sampled(
+    model: Any, kind: str, eos: int, cfg: config.Config, devices: parallel.Devices
+) -> Decoder:
+    """Decodes up to `memory.max_tokens`, drawn as `memory.temperature`, `.top_p` and
+    `.repetition` say; a `decoder` counts the prompt as said already.
 
-    As `greedy`, but each token is drawn as `memory.temperature`, `memory.top_p` and
-    `memory.repetition` say; a `decoder` counts the prompt as said already.
+    What is drawn for a row depends on the key and the row's number alone.
     """
+
+    def draw(logits: jax.Array, pool: Pool) -> jax.Array:
+        left = nucleus(logits, pool.said, cfg.memory)
+        keys = jax.random.wrap_key_data(pool.keys)
+        keys = jax.vmap(jax.random.fold_in)(keys, pool.count)
+        return jax.vmap(jax.random.categorical)(keys, left)
+
     length = cfg.memory.max_tokens
-
-    def draw(
-        logits: jax.Array,
-        batch: dict[str, jax.Array],
-        tokens: jax.Array,
-        t: jax.Array,
-        key: jax.Array,
-    ) -> jax.Array:
-        rows = jnp.arange(len(logits))[:, None]
-        written = jnp.broadcast_to(jnp.arange(length) < t, tokens.shape)
-        seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(written)
-        if kind == "decoder":
-            seen = seen.at[rows, batch["inputs"]].max(batch["mask"])
-        left = nucleus(logits, seen, cfg.memory)
-        return jax.random.categorical(jax.random.fold_in(key, t), left)
-
-    return _decoder(model, eos, cfg.lora, length, draw)
+    return _decoder(model, eos, cfg.lora, length, devices, draw, kind)
 
 
 def nucleus(logits: jax.Array, seen: jax.Array, cfg: config.Memory) -> jax.Array:
@@ -70,63 +99,201 @@ def nucleus(logits: jax.Array, seen: jax.Array, cfg: config.Memory) -> jax.Array
 
 
 def _decoder(
-    model: Any, eos: int, cfg: config.Lora, length: int, pick: Callable
-) -> Callable:
-    """`greedy` with tokens (b,) by pick(logits, batch, tokens, t, key)."""
+    model: Any,
+    eos: int,
+    cfg: config.Lora,
+    length: int,
+    devices: parallel.Devices,
+    pick: Callable,
+    sampling: str = "",
+) -> Decoder:
+    """A decoder of tokens (r,) by pick(logits, pool); sampling: the model's kind."""
+    count = parallel.lanes(devices)[0].count
 
-    @jax.jit
-    def run(
-        base: Tree,
-        delta: Tree,
-        batch: dict[str, jax.Array],
-        key: jax.Array | None = None,
-    ) -> jax.Array:
+    def apply(base: Tree, delta: Tree, *args: Any, method: str) -> Any:
         variables = {"params": base, "lora": lora.bind(delta, cfg)}
-        apply = functools.partial(model.apply, variables)
-        logits, cache = apply(batch, length, method="prefill")
-        done = ~batch["mask"].any(-1)
-        tokens = jnp.full((done.shape[0], length), eos, jnp.int32)
+        return model.apply(variables, *args, method=method)
 
-        def choose(
-            logits: jax.Array, done: jax.Array, tokens: jax.Array, t: jax.Array
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            token = pick(logits, batch, tokens, t, key).astype(jnp.int32)
-            token = jnp.where(done, eos, token)
-            return token, done | (token == eos), tokens.at[:, t].set(token)
+    def choose(logits: jax.Array, pool: Pool) -> Pool:
+        token = jnp.where(pool.done, eos, pick(logits, pool)).astype(jnp.int32)
+        rows = jnp.arange(len(token))
+        count = pool.count + ~pool.done
+        said = pool.said
+        return pool._replace(
+            tokens=pool.tokens.at[rows, pool.count].set(token, mode="drop"),
+            count=count,
+            done=pool.done | (token == eos) | (count == length),
+            said=None if said is None else said.at[rows, token].set(True),
+        )
 
-        def body(carry: Tree) -> Tree:
-            token, done, tokens, t, cache = carry
-            logits, cache = apply(token, cache, method="step")
-            return *choose(logits, done, tokens, t), t + 1, cache
+    def begun(
+        base: Tree, delta: Tree, batch: Tree, key: Any, index: jax.Array | int
+    ) -> Pool:
+        """The rows of a batch with their first token, in as many places."""
+        logits, cache = apply(base, delta, batch, length, index, method="prefill")
+        keys = said = None
+        if sampling:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
+            keys = jax.random.key_data(keys)
+            said = jnp.zeros(logits.shape, bool)
+        if sampling == "decoder":
+            rows = jnp.arange(len(said))[:, None]
+            said = said.at[rows, batch["inputs"]].max(batch["mask"])
+        rows = len(logits)
+        pool = Pool(
+            cache,
+            tokens=jnp.full((rows, length), eos, jnp.int32),
+            count=jnp.zeros(rows, jnp.int32),
+            done=~batch["mask"].any(-1),
+            keys=keys,
+            said=said,
+        )
+        return choose(logits, pool)
 
-        def going(carry: Tree) -> jax.Array:
-            return ~carry[1].all() & (carry[3] < length)
+    def placed(pool: Pool) -> Pool:
+        return parallel.keep_rows(pool, row_axis, devices)
 
-        first = choose(logits, done, tokens, jnp.int32(0))
-        return jax.lax.while_loop(going, body, (*first, jnp.int32(1), cache))[2]
+    @functools.partial(jax.jit, static_argnums=4)
+    def empty(base: Tree, delta: Tree, batch: Tree, key: Any, rows: int) -> Pool:
+        like = jax.eval_shape(begun, base, delta, batch, key, 0)
 
-    return run
+        def free(x: jax.ShapeDtypeStruct) -> jax.Array:
+            axis = row_axis(x)
+            return jnp.zeros(
+                [rows if i == axis else size for i, size in enumerate(x.shape)], x.dtype
+            )
+
+        pool = jax.tree.map(free, like)
+        return placed(pool._replace(done=~pool.done))
+
+    def wider(pool: Pool, extra: int) -> Pool:
+        return pool._replace(cache=model.widen(pool.cache, extra))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def widen(pool: Pool, extra: int) -> Pool:
+        return placed(wider(pool, extra))
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def fill(
+        base: Tree, delta: Tree, pool: Pool, batch: Tree, places: jax.Array, key: Any
+    ) -> Pool:
+        new = begun(base, delta, batch, key, pool.cache["index"])
+        new = wider(new, pool.cache["mask"].shape[1] - batch["mask"].shape[1])
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            axis = row_axis(old)
+            if axis is None:
+                return old
+
+            def split(x: jax.Array) -> jax.Array:
+                return x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+
+            def own(old: jax.Array, new: jax.Array, places: jax.Array) -> jax.Array:
+                where = (*(slice(None),) * axis, places)
+                return old.at[where].set(new, mode="drop")
+
+            apart = places.reshape(count, -1)
+            made = jax.vmap(own, (axis, axis, 0), axis)(split(old), split(new), apart)
+            return made.reshape(old.shape)
+
+        return placed(jax.tree.map(put, pool, new))
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def run(base: Tree, delta: Tree, pool: Pool, least: jax.Array) -> Pool:
+        def going(pool: Pool) -> jax.Array:
+            return pool.done.reshape(count, -1).sum(1).min() < least
+
+        def step(pool: Pool) -> Pool:
+            last = jnp.take_along_axis(pool.tokens, pool.count[:, None] - 1, 1)[:, 0]
+            logits, cache = apply(base, delta, last, pool.cache, method="step")
+            return choose(logits, pool._replace(cache=cache))
+
+        return placed(jax.lax.while_loop(going, step, pool))
+
+    return Decoder(empty, widen, fill, run)
+
+
+def row_axis(x: Any) -> int | None:
+    """The axis of the rows in an array of a `Pool`; None for what they share."""
+    if x.ndim >= 4:
+        return x.ndim - 4  # keys and values (..., r, k, s, d)
+    return 0 if x.ndim else None
 
 
 def generate(
-    decode: Callable,
+    decoder: Decoder,
     base: Tree,
     delta: Tree,
     text: batches.Text,
     examples: Sequence[batches.Example],
     rows: int,
     devices: parallel.Devices,
+    key: jax.Array | None = None,
 ) -> list[np.ndarray]:
-    """Token ids decoded for each example, without the end token, in their order."""
+    """Token ids decoded for each example, without the end token, in their order.
+
+    `rows` are decoded at once, those of short prompts first. Longer ones than the last
+    bucket take as many places of it as they are long, and are read one by one: the memory
+    that attention takes to read a prompt grows with the square of its length.
+    """
     out: dict[int, np.ndarray] = {}
     eos = text.tokenizer.eos_token_id
-    for chosen, size in groups(text, [len(e.inputs) for e in examples], rows):
-        preemption.check()
-        batch = batches.prompts(text, [examples[i] for i in chosen], size)
-        tokens = parallel.by_rows(decode, base, delta, batch, devices)
-        for row, i in zip(tokens, chosen, strict=False):
-            ends = np.flatnonzero(row == eos)
-            out[i] = row[: ends[0]] if len(ends) else row
+    buckets = sorted(text.data.buckets)
+    lanes = parallel.lanes(devices)
+
+    def work(
+        lane: parallel.Lane, queue: collections.deque[int], places: int, group: int
+    ) -> Iterator[bool]:
+        """Decode rows of the queue, and give way where the devices are at work.
+
+        places: rows that a device holds; group: rows that it takes at once.
+        """
+        own = lane.own((base, delta))
+        held = np.full((lane.count, places), -1)  # numbers of examples
+        pool = None
+        while queue or (held >= 0).any():
+            preemption.check()
+            while queue and (held < 0).sum(1).min() >= group:
+                size = min(len(queue), lane.count * group)
+                chosen = [queue.popleft() for _ in range(size)]
+                numbers = np.full((lane.count, group), -1, np.int32)
+                numbers.flat[:size] = chosen
+                free = np.argsort(held >= 0, 1, kind="stable")[:, :group]
+                np.put_along_axis(held, free, numbers, 1)
+                free = np.where(numbers < 0, places, free).astype(np.int32)
+                batch = batches.prompts(
+                    text, [examples[i] for i in chosen], numbers.size
+                )
+                width = batches.bucket(batch["inputs"].shape[1], buckets)
+                batch = lane.put({**batch, "number": numbers.ravel()})
+                if pool is None:
+                    pool = decoder.empty(*own, batch, key, held.size)
+                if width > pool.cache["mask"].shape[1]:
+                    pool = decoder.widen(pool, width - pool.cache["mask"].shape[1])
+                pool = decoder.fill(*own, pool, batch, lane.put(free.ravel()), key)
+            pool = decoder.run(*own, pool, np.int32(group if queue else places))
+            yield True
+            done, tokens = lane.get((pool.done, pool.tokens))
+            done = done.reshape(held.shape) & (held >= 0)
+            for i, row in zip(held[done], tokens[done.ravel()], strict=True):
+                out[i] = row[: np.append(np.flatnonzero(row == eos), len(row))[0]]
+            held[done] = -1
+
+    lengths = [len(e.inputs) for e in examples]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    long = sum(n > buckets[-1] for n in lengths)
+    share = len(lanes) * lanes[0].count
+    fitting = rows * buckets[-1] // batches.bucket(max(lengths, default=1), buckets)
+    for chosen, count, part in (
+        (order[: len(order) - long], rows, REFILL),
+        (order[len(order) - long :], fitting, rows),
+    ):
+        queue = collections.deque(chosen)
+        places = -(-max(count, 1) // share)
+        group = max(1, places // part)
+        working = [work(lane, queue, places, group) for lane in lanes]
+        while working:
+            working = [w for w in working if next(w, False)]
     return [out[i] for i in range(len(examples))]
 
 
@@ -139,8 +306,11 @@ def embed(
 ) -> np.ndarray:
     """Mean token embedding (n, i) of the input of each example; table: (v, i)."""
     out = np.zeros((len(examples), table.shape[1]), np.float32)
-    for chosen, size in groups(text, [len(e.inputs) for e in examples], rows):
-        batch = batches.prompts(text, [examples[i] for i in chosen], size)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].inputs))
+    rows = -(-rows // devices.count) * devices.count
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        batch = batches.prompts(text, [examples[i] for i in chosen], rows)
         found = parallel.by_rows(_mean, table, {}, batch, devices)
         out[chosen] = found[: len(chosen)]
     return out
@@ -152,22 +322,6 @@ def _mean(table: jax.Array, _: Tree, batch: dict[str, jax.Array]) -> jax.Array:
     found = jnp.take(table, batch["inputs"], axis=0).astype(jnp.float32)
     total = jnp.einsum("bti,bt->bi", found, real)
     return total / jnp.maximum(real.sum(-1, keepdims=True), 1)
-
-
-def groups(
-    text: batches.Text, lengths: Sequence[int], rows: int
-) -> Iterator[tuple[list[int], int]]:
-    """Numbers of the rows to decode together, by length, and the rows of their batch.
-
-    Rows longer than the last bucket are decoded one by one: the memory that attention
-    takes grows with the square of the length.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    usual = [i for i in order if lengths[i] <= text.data.buckets[-1]]
-    for start in range(0, len(usual), rows):
-        yield usual[start : start + rows], rows
-    for i in order[len(usual) :]:
-        yield [i], 1
 
 
 def texts(tokenizer: Any, tokens: Sequence[np.ndarray]) -> list[str]:

@@ -31,8 +31,8 @@ class Loaded:
     devices: parallel.Devices
     steps: steps.Steps
     plain: steps.Steps
-    decode: Callable
-    sample: Callable
+    decode: evaluate.Decoder
+    sample: evaluate.Decoder
     method: methods.Method
 
 
@@ -99,8 +99,8 @@ def load_model(cfg: config.Config) -> Loaded:
         devices=devices,
         steps=compiled,
         plain=plain,
-        decode=evaluate.greedy(base.model, eos, cfg),
-        sample=evaluate.sampled(base.model, base.family.KIND, eos, cfg),
+        decode=evaluate.greedy(base.model, eos, cfg, devices),
+        sample=evaluate.sampled(base.model, base.family.KIND, eos, cfg, devices),
         method=method,
     )
 

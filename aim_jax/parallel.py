@@ -175,14 +175,59 @@ def by_rows(
     f: Callable, base: Tree, delta: Tree, batch: dict[str, np.ndarray], devices: Devices
 ) -> np.ndarray:
     """A jitted `f(base, delta, batch)` of a host batch (rows, length), split by rows."""
+    found = lanes(devices)
+    shards = _split(batch) if len(found) > 1 else [batch]
+    made = [
+        (lane, f(*lane.own((base, delta)), lane.put(shard)))
+        for lane, shard in zip(found, shards, strict=True)
+    ]
+    return np.concatenate([lane.get(rows) for lane, rows in made])
+
+
+class Lane(NamedTuple):
+    """Devices that run one program on rows that they share.
+
+    count: parts that the rows are split into. own(tree): what all rows need, where the
+    program finds it; put(tree): host arrays (rows, ...), split; get(tree): NumPy arrays.
+    """
+
+    count: int
+    own: Callable[[Tree], Tree]
+    put: Callable[[Tree], Tree]
+    get: Callable[[Tree], Tree]
+
+
+def lanes(devices: Devices) -> list[Lane]:
+    """All devices, or in mode exact every shard alone."""
     if devices.mode == "exact":
-        made = [
-            f(*_copy((base, delta), owner), shard)
-            for owner, shard in zip(devices.owners, _split(batch), strict=True)
+        return [
+            Lane(1, *(functools.partial(_copy, device=d),) * 2, jax.device_get)
+            for d in devices.owners
         ]
-        return np.concatenate(jax.device_get(made))
-    made = f(base, delta, _put(batch, NamedSharding(devices.mesh, P(AXIS))))
-    return np.asarray(multihost_utils.process_allgather(made, tiled=True))
+    rows = NamedSharding(devices.mesh, P(AXIS))
+    put = functools.partial(_put, sharding=rows)
+    get = functools.partial(multihost_utils.process_allgather, tiled=True)
+    return [Lane(devices.count, lambda tree: tree, put, get)]
+
+
+def keep_rows(tree: Tree, axis: Callable[[Any], int | None], devices: Devices) -> Tree:
+    """`tree`, said to be split by rows along axis(leaf), or whole where that is None.
+
+    Of keys and values the heads, which follow the rows, are split too.
+    """
+    if devices.mode == "exact":
+        return tree
+
+    def of(x: jax.Array) -> jax.Array:
+        place = axis(x)
+        if place is None:
+            spec = P()
+        else:
+            split = x.ndim >= 4 and x.shape[place + 1] % devices.mesh.shape[AXES[1]] == 0
+            spec = P(*(None,) * place, *(AXES if split else (AXIS,)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(devices.mesh, spec))
+
+    return jax.tree.map(of, tree)
 
 
 def agreed(value: bool) -> bool:
@@ -268,16 +313,14 @@ def _copy(tree: Tree, device: jax.Device) -> Tree:
     return jax.tree.map(of, tree)
 
 
-def _put(
-    batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding
-) -> dict[str, jax.Array]:
+def _put(tree: Tree, sharding: jax.sharding.Sharding) -> Tree:
+    """Host arrays on the devices."""
     if sharding.is_fully_addressable:
-        return jax.device_put(batch, sharding)
-    # Every process has the whole batch, and gives its devices their rows of it.
-    return {
-        k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)
-        for k, v in batch.items()
-    }
+        return jax.device_put(tree, sharding)
+    # Every process has them whole, and gives its devices their part.
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree
+    )
 
 
 def _sharding(path: str, leaf: Any, rules: Rules, devices: Devices) -> NamedSharding:

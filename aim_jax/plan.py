@@ -190,8 +190,17 @@ def programs(
         prompt = _on(prompt, NamedSharding(devices.mesh, P(parallel.AXIS)))
         limited = dataclasses.replace(cfg.eval, max_length=target + 1)
         cfg_ = dataclasses.replace(cfg, eval=limited)
-        step = evaluate.greedy(model, 1, cfg_)
-        return Program(step, (base, delta, prompt), turns=target)
+        decoder = evaluate.greedy(model, 1, cfg_, devices)
+        rows = cfg.eval.batch_size
+        places = _on(jax.ShapeDtypeStruct((rows,), jnp.int32), prompt["mask"].sharding)
+
+        @jax.jit
+        def step(base: Tree, delta: Tree, batch: Tree, places: jax.Array) -> Tree:
+            pool = decoder.empty(base, delta, batch, None, rows)
+            pool = decoder.fill(base, delta, pool, batch, places, None)
+            return decoder.run(base, delta, pool, rows)
+
+        return Program(step, (base, delta, prompt, places), turns=target)
 
     return {"train": train, "probe": probe, "rehearse": rehearse, "decode": decode}
 

@@ -432,38 +432,58 @@ def evaluate_task(
     """Scores on tasks 0..`number`, with the predictions written to disk."""
     began = time.perf_counter()
     folder = job.folder / "predictions" / _numbered(job, number)
-    scores = []
-    for earlier, task in enumerate(job.stream[: number + 1]):
-        rows = predict(job, adapter(job, place, earlier), task)
+    seen, scores = job.stream[: number + 1], []
+    if job.method.adapter:
+        made = [
+            predict(job, adapter(job, place, earlier), [task])[0]
+            for earlier, task in enumerate(seen)
+        ]
+    else:
+        made = predict(job, adapter(job, place, number), seen)
+    for task, rows in zip(seen, made, strict=True):
         logs.write_rows(folder / f"{task.name}.jsonl", rows)
         scores.append(metrics.mean([r["score"] for r in rows]))
     seconds["evaluate"] += time.perf_counter() - began
     return scores
 
 
-def predict(job: jobs.Job, delta: Tree, task: tasks.Task) -> list[dict[str, Any]]:
-    """A row of text, label, prediction and score for every test row of a task."""
-    examples = batches.encode(job.text, task.test, truncate=False)
-    made = evaluate.texts(job.text.tokenizer, decoded(job, job.decode, delta, examples))
+def predict(
+    job: jobs.Job, delta: Tree, several: Sequence[tasks.Task]
+) -> list[list[dict[str, Any]]]:
+    """A row of text, label, prediction and score for every test row of each task.
+
+    The rows of all tasks are decoded together.
+    """
+    rows = [row for task in several for row in task.test]
+    examples = batches.encode(job.text, rows, truncate=False)
+    tokens = decoded(job, job.decode, delta, examples)
+    texts = iter(evaluate.texts(job.text.tokenizer, tokens))
     return [
-        {
-            "id": row["id"],
-            "input": row["input"],
-            "label": row["output"],
-            "prediction": text,
-            "score": metrics.score_row(task.metric, text, row["output"], task.remap),
-        }
-        for row, text in zip(task.test, made, strict=True)
+        [
+            {
+                "id": row["id"],
+                "input": row["input"],
+                "label": row["output"],
+                "prediction": text,
+                "score": metrics.score_row(task.metric, text, row["output"], task.remap),
+            }
+            for row, text in zip(task.test, texts, strict=False)
+        ]
+        for task in several
     ]
 
 
 def decoded(
-    job: jobs.Job, decode: Callable, delta: Tree, examples: list[batches.Example]
+    job: jobs.Job,
+    decoder: evaluate.Decoder,
+    delta: Tree,
+    examples: list[batches.Example],
+    key: jax.Array | None = None,
 ) -> list[np.ndarray]:
     """Token ids that the model gives for each example."""
     rows = job.cfg.eval.batch_size
     return evaluate.generate(
-        decode, job.base.params, delta, job.text, examples, rows, job.devices
+        decoder, job.base.params, delta, job.text, examples, rows, job.devices, key
     )
 
 
@@ -482,23 +502,25 @@ def synthesise(
     key = jobs.key(cfg, task)
     base_alone = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), place.state.delta)
     seed = jax.random.fold_in(jax.random.key(key[0]), key[1])
-    keys = (jax.random.fold_in(seed, batch) for batch in itertools.count())
+    keys = (jax.random.fold_in(seed, call) for call in itertools.count())
 
     def encoded(inputs: Sequence[str]) -> list[batches.Example]:
         rows = [{"id": "", "input": text, "output": ""} for text in inputs]
         return batches.encode(job.text, rows, truncate=False)
 
-    def texts(decode: Callable, delta: Tree, inputs: Sequence[str]) -> list[str]:
+    def texts(
+        decoder: evaluate.Decoder, delta: Tree, inputs: Sequence[str], key: Any = None
+    ) -> list[str]:
         examples = encoded(inputs)
-        tokens = decoded(job, decode, delta, examples)
+        tokens = decoded(job, decoder, delta, examples, key)
         count = sum(
             len(e.inputs) + len(t) for e, t in zip(examples, tokens, strict=True)
         )
         job.work.update(synthesis_tokens=count)
         return evaluate.texts(job.text.tokenizer, tokens)
 
-    def sample(base: Tree, delta: Tree, batch: Tree) -> jax.Array:
-        return job.sample(base, delta, batch, next(keys))
+    def sample(inputs: Sequence[str]) -> list[str]:
+        return texts(job.sample, base_alone, inputs, next(keys))
 
     earlier = [t.train for t in job.stream[: number + 1]]
     vocabulary = job.text.tokenizer.get_vocab()
@@ -509,7 +531,7 @@ def synthesise(
         key,
         gaps=job.base.family.KIND == "encdec"
         and set(synthesis.GAPS) <= set(vocabulary),
-        sample=functools.partial(texts, sample, base_alone),
+        sample=sample,
         fits=lambda inputs: [
             len(e.inputs) <= cfg.data.max_input for e in encoded(inputs)
         ],
@@ -535,7 +557,8 @@ def held_out_scores(
     folder = job.folder / "predictions" / when
     scores = {
         task.name: kept_score(
-            folder / f"{task.name}.jsonl", functools.partial(predict, job, delta, task)
+            folder / f"{task.name}.jsonl",
+            functools.partial(lambda task: predict(job, delta, [task])[0], task),
         )
         for task in job.held_out
     }
@@ -606,7 +629,7 @@ def learn_alone(
 
         with bar:
             place = train(apart, method, alone, place, log, save)
-    made = predict(job, place.state.delta, task)
+    (made,) = predict(job, place.state.delta, [task])
     seconds["single"] += time.perf_counter() - began
     return made
 

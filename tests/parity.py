@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import optax
 import safetensors.numpy
 from fixtures import make_models
 
-from aim_jax import config, evaluate, export, lora, methods, steps
+from aim_jax import config, evaluate, export, lora, methods, parallel, steps
 from aim_jax.data import batches, synthetic
 from aim_jax.models import hf
 
@@ -52,7 +53,8 @@ class Case(NamedTuple):
     cfg: config.Config
     loss: Callable
     train: Callable
-    decode: Callable
+    decode: evaluate.Decoder
+    devices: parallel.Devices
 
 
 def open_case(
@@ -88,19 +90,22 @@ def open_case(
         weights = leaves["weights"]
         return (each * weights).sum() / weights.sum(), found
 
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
     return Case(
         base,
         delta,
         cfg,
         jax.jit(jax.value_and_grad(loss, has_aux=True)),
         jax.jit(steps.make(base.model, cfg, methods.Method()).train),
-        evaluate.greedy(base.model, make_models.EOS, cfg),
+        evaluate.greedy(base.model, make_models.EOS, cfg, devices),
+        devices,
     )
 
 
 def text(case: Case) -> batches.Text:
     """How a case's rows become batches; they are token ids already."""
-    return batches.Text(None, case.base.family.KIND, case.cfg.data)
+    tokenizer = types.SimpleNamespace(eos_token_id=make_models.EOS)
+    return batches.Text(tokenizer, case.base.family.KIND, case.cfg.data)
 
 
 def examples(expected: Arrays) -> list[batches.Example]:
@@ -145,12 +150,20 @@ def flat(case: Case, delta: Any) -> np.ndarray:
 
 
 def decode(case: Case, expected: Arrays, rows: int) -> np.ndarray:
-    """Greedy tokens (prompts, new tokens) in batches of `rows`."""
-    prompts, found = examples(expected), []
-    for start in range(0, len(prompts), rows):
-        chosen = batches.prompts(text(case), prompts[start : start + rows], rows)
-        found.append(case.decode(case.base.params, nothing(case), chosen))
-    return np.concatenate(found)
+    """Greedy tokens (prompts, new tokens), `rows` at a time."""
+    made = evaluate.generate(
+        case.decode,
+        case.base.params,
+        nothing(case),
+        text(case),
+        examples(expected),
+        rows,
+        case.devices,
+    )
+    tokens = np.full((len(made), make_models.NEW_TOKENS), make_models.EOS)
+    for row, said in zip(tokens, made, strict=True):
+        row[: len(said)] = said
+    return tokens
 
 
 def measure(case: Case, expected: Arrays) -> dict[str, float]:

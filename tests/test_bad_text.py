@@ -7,6 +7,8 @@ import pathlib
 import re
 
 import hypothesis
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 import aim_jax
 from aim_jax import config, evaluate, metrics, parallel
 from aim_jax.data import batches, memory, tasks
-from aim_jax.models import hf
+from aim_jax.models import hf, layers
 
 hypothesis.settings.register_profile("fast", max_examples=30, deadline=None)
 hypothesis.settings.load_profile("fast")
@@ -161,23 +163,52 @@ def test_the_memory_keeps_no_row_twice(rows, percent, rule):
         assert len(ids) == len(rows)
 
 
+class Echo:
+    """A model whose answer is the end of the prompt, without its end token."""
+
+    def apply(self, variables, *args, method):
+        return getattr(self, method)(*args)
+
+    def prefill(self, batch, length, index):
+        start = batch["mask"].sum(-1, keepdims=True) - 1 - length
+        place = jnp.maximum(start, 0) + jnp.arange(length)
+        said = jnp.take_along_axis(batch["inputs"], place, 1, mode="fill", fill_value=0)
+        written = jnp.zeros(len(said), jnp.int32)
+        cache = {"mask": batch["mask"], "said": said, "written": written}
+        return self.logits(said[:, 0]), cache | {"index": index}
+
+    def step(self, token, cache):
+        written = cache["written"] + 1
+        token = jnp.take_along_axis(cache["said"], written[:, None], 1)[:, 0]
+        return self.logits(token), cache | {"written": written}
+
+    def widen(self, cache, extra):
+        return cache | {"mask": layers.widen(cache["mask"], extra, 1)}
+
+    def logits(self, token):
+        return jax.nn.one_hot(token, 8192)
+
+
+@pytest.fixture(scope="module")
+def decoder(text, devices):
+    cfg = config.Config(eval=config.Eval(max_length=5))
+    return evaluate.greedy(Echo(), text.tokenizer.eos_token_id, cfg, devices)
+
+
+@pytest.fixture(scope="module")
+def devices():
+    return parallel.open_devices(config.Parallel(mode="jit"))
+
+
 @hypothesis.given(rows=ROWS, size=st.integers(1, 4))
-def test_every_row_is_decoded_once_and_scored(text, rows, size):
-    """A decoder that answers with the end of the input: each answer meets its own row."""
-    devices = parallel.open_devices(config.Parallel(mode="jit"))
-    eos, length = text.tokenizer.eos_token_id, 3
-
-    def decode(base, delta, batch):
-        inputs = np.where(batch["mask"], batch["inputs"], -1)
-        lengths = batch["mask"].sum(-1)
-        ends = [[*r[: n - 1][-length:]] for r, n in zip(inputs, lengths, strict=True)]
-        return np.array([[*e, *[eos] * (length - len(e))] for e in ends], np.int32)
-
+def test_every_row_is_decoded_once_and_scored(text, decoder, devices, rows, size):
+    """Each answer meets its own row, whichever places rows leave to others."""
+    eos = text.tokenizer.eos_token_id
     examples = batches.encode(text, rows, truncate=False)
-    tokens = evaluate.generate(decode, {}, {}, text, examples, size, devices)
+    tokens = evaluate.generate(decoder, {}, {}, text, examples, size, devices)
     assert len(tokens) == len(rows)
     for made, example in zip(tokens, examples, strict=True):
-        wanted = example.inputs[:-1][-length:]
+        wanted = example.inputs[:-1][-4:]
         ends = np.flatnonzero(wanted == eos)
         assert np.array_equal(made, wanted[: ends[0]] if len(ends) else wanted)
     for made, row in zip(evaluate.texts(text.tokenizer, tokens), rows, strict=True):
@@ -195,9 +226,27 @@ def test_any_prediction_scores_from_0_to_1(prediction, label, metric):
     assert metrics.score_row("exact", label, label) == 1.0
 
 
-def test_rows_beyond_the_last_bucket_are_decoded_one_by_one(text):
-    made = list(evaluate.groups(text, [40, 8, 33, 32, 1], 2))
-    assert made == [([4, 1], 2), ([3], 2), ([2], 1), ([0], 1)]
+def test_rows_beyond_the_last_bucket_are_read_one_by_one(text, decoder, devices):
+    """And as many are decoded at once as take no more room than the others."""
+    last = max(DATA.buckets)
+    lengths = (2 * last + 1, 3, last + 1, last, 9, last + 1)
+    eos = text.tokenizer.eos_token_id
+    rows = [
+        batches.Example("", np.array([n] * (n - 1) + [eos]), np.ones(1))
+        for n in lengths
+    ]
+    seen = []
+
+    def fill(base, delta, pool, batch, places, key):
+        seen.append((*batch["inputs"].shape, *pool.cache["mask"].shape))
+        return decoder.fill(base, delta, pool, batch, places, key)
+
+    watched = decoder._replace(fill=fill)
+    tokens = evaluate.generate(watched, {}, {}, text, rows, 8, devices)
+    assert [row.tolist() for row in tokens] == [[n] * min(n - 1, 4) for n in lengths]
+    # (rows, their length, places, room of a place) of each filling
+    usual, long = [(2, 12, 8, 16), (2, 32, 8, 32)], [(1, 64, 2, 64)] * 2
+    assert seen == [*usual, *long, (1, 96, 2, 96)]
 
 
 @pytest.mark.parametrize("name", ["../out.safetensors", "/etc/x.safetensors", "a/b"])

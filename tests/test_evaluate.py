@@ -23,20 +23,31 @@ def setup():
         for name in synthetic.NAMES
         for i in range(3)
     ]
-    decode = evaluate.greedy(base.model, tokenizer.eos_token_id, cfg)
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
+    decode = evaluate.greedy(base.model, tokenizer.eos_token_id, cfg, devices)
     return base, text, batches.encode(text, rows), decode
 
 
 def test_any_batch_gives_the_same_tokens(setup):
     base, text, examples, decode = setup
     devices = parallel.open_devices(config.Parallel(mode="jit"))
-    alone, batched = (
-        evaluate.generate(decode, base.params, {}, text, examples, rows, devices)
-        for rows in (1, 7)
-    )
-    assert len(batched) == len(examples)
-    for one, other in zip(alone, batched, strict=True):
-        np.testing.assert_array_equal(one, other)
+    # Several lengths of prompts and of answers, so that places are left and taken.
+    examples = [e._replace(inputs=np.tile(e.inputs, n)) for n in (1, 9) for e in examples]
+    memory = config.Memory(max_tokens=6)
+    cfg = config.resolve(config.Config(memory=memory))
+    eos, key = text.tokenizer.eos_token_id, jax.random.key(0)
+    sample = evaluate.sampled(base.model, "encdec", eos, cfg, devices)
+    for decoder in (decode, sample):
+        alone, batched = (
+            evaluate.generate(
+                decoder, base.params, {}, text, examples, rows, devices, key
+            )
+            for rows in (1, 7)
+        )
+        assert len(batched) == len(examples)
+        assert len({len(row) for row in batched}) > 1
+        for one, other in zip(alone, batched, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_tokens_are_the_most_likely_ones(setup):
@@ -83,14 +94,11 @@ def test_a_cold_sample_is_greedy_and_a_penalty_forbids_what_was_said(kind, setup
     memory = config.Memory(temperature=1e-6, repetition=1e9, max_tokens=6)
     cfg = config.resolve(dataclasses.replace(config.Config(), memory=memory))
     eos = text.tokenizer.eos_token_id
-    sample = evaluate.sampled(base.model, kind, eos, cfg)
-
-    def keyed(*args):
-        return sample(*args, jax.random.key(0))
-
+    sample = evaluate.sampled(base.model, kind, eos, cfg, devices)
+    key = jax.random.key(0)
     greedy, made = (
-        evaluate.generate(f, base.params, {}, text, examples[:8], 8, devices)
-        for f in (decode, keyed)
+        evaluate.generate(f, base.params, {}, text, examples[:8], 8, devices, key)
+        for f in (decode, sample)
     )
     for example, one, other in zip(examples, greedy, made, strict=False):
         said = set(example.inputs.tolist()) if kind == "decoder" else set()

@@ -452,7 +452,8 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
 def predictions(kit):
     """Predicted tokens and texts of recorded adapters, for the asked-for rows."""
     cfg = kit.cfg
-    decode = evaluate.greedy(kit.base.model, kit.text.tokenizer.eos_token_id, cfg)
+    eos = kit.text.tokenizer.eos_token_id
+    decode = evaluate.greedy(kit.base.model, eos, cfg, kit.devices)
 
     def run(delta, task, longest):
         rows = golden.read(f"data/test/{task}_T5.json.gz")

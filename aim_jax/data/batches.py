@@ -217,7 +217,6 @@ def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
     buckets = sorted(text.data.buckets)
     between = [(a + b) // 2 for a, b in itertools.pairwise((0, *buckets))]
     length = bucket(max(len(e.inputs) for e in examples), sorted(buckets + between))
-    rows = -(-rows // text.count) * text.count
     inputs = np.zeros((rows, length), np.int32)
     mask = np.zeros((rows, length), bool)
     for r, example in enumerate(examples):

@@ -16,12 +16,16 @@ and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool an
 (b, k) int32,
 
     __call__(batch) -> float32 logits (b, k, v), those that predict `targets`
-    prefill(batch, length) -> (float32 logits (b, v) of the first new token, cache)
+    prefill(batch, length, index) -> (float32 logits (b, v) of the first new token, cache)
     step(token (b,), cache) -> (float32 logits (b, v) of the next token, cache)
+    widen(cache, extra) -> the cache with room for prompts of `extra` more tokens
     real(path, batch) -> bool (b, t): where the positions that the dense layer at `path`
         runs over are tokens and not padding; the last ones, if it runs over fewer
 
-where `length` new tokens at most fit the cache. For an `encdec` family `inputs` feed the
+where `length` new tokens at most fit the cache. It holds keys and values (..., b, k, s, d),
+`mask` (b, s) of the prompts, other arrays (b, ...), and `index`: the place, of `length`, that
+the next token's keys and values are written to. It is the same for all rows and goes
+round, so that rows of any age can share a cache. For an `encdec` family `inputs` feed the
 encoder. For a `decoder` family rows are right-aligned: `inputs` are prompt and answer
 without the last token, and the last k positions predict `targets`.
 

@@ -220,20 +220,19 @@ class Tables(NamedTuple):
 
 
 def tables(
-    kinds: tuple[Kind, ...], positions: jax.Array, index: jax.Array, mask: jax.Array
+    kinds: tuple[Kind, ...], positions: jax.Array, back: jax.Array, mask: jax.Array
 ) -> Tables:
-    """Tables of queries at `positions` (b, t), written to places `index`... of the keys.
+    """Tables of queries at `positions` (b, t).
 
-    mask: keys (b, s) that may be seen at all; a query sees none after its own place.
+    back (b or 1, t, s): how far before the query each key is, below 0 after it; mask: keys
+    (b, s) that may be seen at all.
     """
     turns = np.array([k.frequencies for k in kinds], np.float32)
     angles = positions[:, None, :, None] * turns[:, None, None, None]
-    query = index + jnp.arange(positions.shape[1])[:, None]
-    key = jnp.arange(mask.shape[1])
-    visible = mask[:, None, None] & (key <= query)
+    back = back[:, None]
+    visible = mask[:, None, None] & (back >= 0)
     biases = [
-        visible if k.window is None else visible & (key > query - k.window)
-        for k in kinds
+        visible if k.window is None else visible & (back < k.window) for k in kinds
     ]
     return Tables(jnp.cos(angles), jnp.sin(angles), layers.mask_bias(jnp.stack(biases)))
 
@@ -254,11 +253,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KeyValues | None, index: jax.Array, own: Tables
+        self, x: jax.Array, cache: KeyValues | None, place: jax.Array, own: Tables
     ) -> tuple[jax.Array, KeyValues]:
         """Output at the last `keep` positions, and the keys and values (b, k, s, d).
 
-        With a `cache` the new keys and values are written into it at `index`.
+        With a `cache` the new keys and values are written into it at `place`.
         """
         c = self.config
 
@@ -279,7 +278,7 @@ class Attention(nn.Module):
         new = k_bksd, heads("v", x, c.kv_heads)
         if cache is not None:
             new = jax.tree.map(
-                lambda old, kv: jax.lax.dynamic_update_slice_in_dim(old, kv, index, 2),
+                lambda old, kv: jax.lax.dynamic_update_slice_in_dim(old, kv, place, 2),
                 cache,
                 new,
             )
@@ -319,7 +318,7 @@ class Layer(nn.Module):
         self,
         x: jax.Array,
         own: tuple[jax.Array, KeyValues | None],
-        index: jax.Array,
+        place: jax.Array,
         shared: Tables,
     ) -> tuple[jax.Array, KeyValues | None]:
         c = self.config
@@ -331,7 +330,7 @@ class Layer(nn.Module):
         h, cache = Attention(c, self.keep, name="attention")(
             norm("attention_norm", x),
             cache,
-            index,
+            place,
             jax.tree.map(lambda t: t[0 if len(c.kinds) == 1 else kind], shared),
         )
         x = x[:, -self.keep :] + (norm("attention_out_norm", h) if c.sandwich else h)
@@ -349,29 +348,27 @@ class Model(nn.Module):
     def _advance(
         self,
         tokens: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        shared: Tables,
         keep: int,
         cache: Cache | None = None,
+        place: jax.Array | int = 0,
         caching: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """Float32 logits of the last `keep` tokens (b, t), and the new keys and values."""
         c = self.config
         kept = cache or {}
-        index = kept.get("index", jnp.zeros((), jnp.int32))
         embed = layers.Embed(c.vocab, c.width, c.dtype, name="embed")
         # The scale is rounded to the compute type, as the checkpoint was trained.
         x = embed(tokens) * jnp.asarray(c.embed_scale, c.dtype)
-        shared = tables(c.kinds, positions, index, mask)
         *pattern, last = c.pattern
         new = {}
         if pattern:
             scanned = layers.stack(Layer, len(pattern), 2, c.remat)
             x, new["layers"] = scanned(c, tokens.shape[1], caching, name="layers")(
-                x, (jnp.array(pattern), kept.get("layers")), index, shared
+                x, (jnp.array(pattern), kept.get("layers")), place, shared
             )
         x, new["last"] = Layer(c, keep, caching, name="last")(
-            x, (last, kept.get("last")), index, shared
+            x, (last, kept.get("last")), place, shared
         )
         x = layers.RMSNorm(c.eps, c.norm_offset, name="norm")(x)
         head = embed if c.tied else layers.Embed(c.vocab, c.width, c.dtype, name="head")
@@ -379,21 +376,20 @@ class Model(nn.Module):
 
     def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
         """Float32 logits (b, k, v) at the last k positions, those of `targets`."""
-        mask = batch["mask"]
         keep = batch["targets"].shape[1]
-        return self._advance(batch["inputs"], _positions(mask), mask, keep)[0]
+        return self._advance(batch["inputs"], self._whole(batch["mask"]), keep)[0]
 
     def real(self, path: str, batch: dict[str, jax.Array]) -> jax.Array:
         """Where the positions that the module at `path` runs over are tokens (b, t)."""
         return batch["mask"]
 
     def prefill(
-        self, batch: dict[str, jax.Array], length: int
+        self, batch: dict[str, jax.Array], length: int, index: jax.Array | int = 0
     ) -> tuple[jax.Array, Cache]:
         """Float32 logits (b, v) of the first token, and a cache for `length` tokens."""
         mask = batch["mask"]
-        positions = _positions(mask)
-        logits, new = self._advance(batch["inputs"], positions, mask, 1, caching=True)
+        shared = self._whole(mask)
+        logits, new = self._advance(batch["inputs"], shared, 1, caching=True)
         room = [(0, 0, 0), (0, length, 0), (0, 0, 0)]
 
         def grow(kv: jax.Array) -> jax.Array:
@@ -401,22 +397,45 @@ class Model(nn.Module):
 
         cache = {
             **jax.tree.map(grow, new),
-            "mask": jnp.pad(mask, ((0, 0), (0, length)), constant_values=True),
-            "position": positions[:, -1] + 1,
-            "index": jnp.int32(mask.shape[1]),
+            "mask": mask,
+            "written": jnp.zeros(len(mask), jnp.int32),
+            "index": jnp.asarray(index, jnp.int32),
         }
         return logits[:, 0], cache
 
     def step(self, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Float32 logits (b, v) of the token after `token` (b,), and the new cache."""
-        position, mask = cache["position"], cache["mask"]
-        logits, new = self._advance(
-            token[:, None], position[:, None], mask, 1, cache, caching=True
+        mask, written, index = (cache[name] for name in ("mask", "written", "index"))
+        prompt = mask.shape[1]
+        length = cache["last"][0].shape[2] - prompt
+        ago, own = layers.age(index, length, written)
+        # The prompt lies before the ring, and ends where the row's own tokens begin.
+        before = written[:, None] + jnp.arange(prompt, 0, -1)
+        back = jnp.concatenate([before, jnp.broadcast_to(ago, own.shape)], 1)
+        shared = tables(
+            self.config.kinds,
+            (mask.sum(1) + written)[:, None],
+            back[:, None],
+            jnp.concatenate([mask, own], 1),
         )
-        new |= {"position": position + 1, "index": cache["index"] + 1}
+        logits, new = self._advance(
+            token[:, None], shared, 1, cache, prompt + index, caching=True
+        )
+        new |= {"written": written + 1, "index": (index + 1) % length}
         return logits[:, 0], {**cache, **new}
 
+    def widen(self, cache: Cache, extra: int) -> Cache:
+        """The cache with room for prompts of `extra` more tokens."""
 
-def _positions(mask: jax.Array) -> jax.Array:
-    """Position of each token (b, s), counted from the first one of its row."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        def wider(name: str, axis: int) -> Any:
+            return jax.tree.map(lambda x: layers.widen(x, extra, axis), cache[name])
+
+        axes = {"layers": -2, "last": -2, "mask": 1}
+        return cache | {name: wider(name, axes[name]) for name in cache if name in axes}
+
+    def _whole(self, mask: jax.Array) -> Tables:
+        """Tables of rows (b, s) whose every token is a query, the first at position 0."""
+        place = jnp.arange(mask.shape[1])
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        back = place[:, None] - place
+        return tables(self.config.kinds, positions, back[None], mask)

@@ -269,6 +269,23 @@ def mask_bias(visible: jax.Array) -> jax.Array:
     return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
 
 
+def age(index: jax.Array, length: int, written: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many tokens ago each place of a ring of `length` was written, and who sees it.
+
+    index: the place that is being written; written (b,): tokens that each row wrote before
+    this one. Returns int32 (length,) and bool (b, length).
+    """
+    ago = (index - jnp.arange(length)) % length
+    return ago, ago <= written[:, None]
+
+
+def widen(x: jax.Array, extra: int, axis: int) -> jax.Array:
+    """x with `extra` zeros (or False) before it on an axis."""
+    room = [(0, 0)] * x.ndim
+    room[axis] = (extra, 0)
+    return jnp.pad(x, room)
+
+
 def stack(
     layer: type[nn.Module], count: int, shared: int, remat: str
 ) -> type[nn.Module]:

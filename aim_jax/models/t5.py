@@ -117,13 +117,13 @@ def keys(config: Config) -> dict[str, str]:
 
 @functools.lru_cache
 def relative_buckets(
-    queries: int, keys: int, bidirectional: bool, buckets: int, max_distance: int
+    length: int, bidirectional: bool, buckets: int, max_distance: int
 ) -> np.ndarray:
     """Bucket (queries, keys) int32 of each relative position: exact when near, then log.
 
     Source: Raffel et al. 2020, section 2.1.
     """
-    distance = np.arange(keys)[None] - np.arange(queries)[:, None]
+    distance = np.arange(length)[None] - np.arange(length)[:, None]
     first = np.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -142,7 +142,10 @@ def relative_buckets(
 
 
 class RelativeBias(nn.Module):
-    """Float32 attention bias (1, h, queries, keys), shared by all layers of a stack."""
+    """Float32 attention bias (1, h, queries, keys), shared by all layers of a stack.
+
+    The queries are the last of as many positions as there are keys.
+    """
 
     config: Config
     bidirectional: bool
@@ -152,9 +155,8 @@ class RelativeBias(nn.Module):
         c = self.config
         shape = (c.buckets, c.heads)
         weight = self.param("weight", nn.initializers.normal(0.1), shape)
-        table = relative_buckets(
-            queries, keys, self.bidirectional, c.buckets, c.max_distance
-        )
+        table = relative_buckets(keys, self.bidirectional, c.buckets, c.max_distance)
+        table = table[keys - queries :]
         return weight.astype(jnp.float32)[table].transpose(2, 0, 1)[None]
 
 
@@ -274,18 +276,19 @@ class Stack(nn.Module):
         encoder_visible: jax.Array | None = None,
         cache: dict[str, Any] | None = None,
         index: jax.Array | None = None,
+        ago: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any] | None]:
-        """Output (b, t, i) and new cache; `visible` broadcasts to (b, 1, t, s)."""
+        """Output (b, t, i) and new cache; `visible` broadcasts to (b, 1, t, s).
+
+        With a cache x is one token, written to `index`; `ago` as `layers.age` says it.
+        """
         c = self.config
         dropout = layers.Dropout(c.dropout)
         relative = RelativeBias(c, not self.decoder, name="relative")
-        if index is None:
+        if ago is None:
             bias = relative(x.shape[1], x.shape[1])
         else:
-            length = visible.shape[-1]
-            bias = jax.lax.dynamic_slice_in_dim(
-                relative(length, length), index, x.shape[1], axis=2
-            )
+            bias = relative(1, len(ago))[..., len(ago) - 1 - ago]
         cross_bias = None
         if self.decoder:
             cross_bias = layers.mask_bias(encoder_visible)
@@ -348,9 +351,12 @@ class Model(nn.Module):
         return batch["mask"] if source else batch["weights"] > 0
 
     def prefill(
-        self, batch: dict[str, jax.Array], length: int
+        self, batch: dict[str, jax.Array], length: int, index: jax.Array | int = 0
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Float32 logits (b, v) of the first token, and the cache for `length` tokens."""
+        """Float32 logits (b, v) of the first token, and the cache for `length` tokens.
+
+        The start token takes the place before `index`.
+        """
         c = self.config
         rows = batch["inputs"].shape[0]
 
@@ -360,8 +366,9 @@ class Model(nn.Module):
 
         cache = {
             "layers": {"own": empty(length), "cross": empty(0)},
-            "visible": batch["mask"],
-            "index": jnp.zeros((), jnp.int32),
+            "mask": batch["mask"],
+            "written": jnp.zeros(rows, jnp.int32),
+            "index": jnp.asarray((index - 1) % length, jnp.int32),
         }
         start = jnp.full((rows,), c.start, jnp.int32)
         return self._advance(start, cache, self.encode(batch))
@@ -372,18 +379,29 @@ class Model(nn.Module):
         """Float32 logits (b, v) of the token after `token` (b,), and the new cache."""
         return self._advance(token, cache, None)
 
+    def widen(self, cache: dict[str, Any], extra: int) -> dict[str, Any]:
+        """The cache with room for prompts of `extra` more tokens."""
+        cross = [layers.widen(kv, extra, -2) for kv in cache["layers"]["cross"]]
+        return {
+            **cache,
+            "layers": {**cache["layers"], "cross": tuple(cross)},
+            "mask": layers.widen(cache["mask"], extra, 1),
+        }
+
     def _advance(
         self, token: jax.Array, cache: dict[str, Any], encoded: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        index = cache["index"]
+        index, written = cache["index"], cache["written"]
         length = cache["layers"]["own"][0].shape[3]
+        ago, visible = layers.age(index, length, written)
         x, kept = self.decoder(
             self.shared(token[:, None]),
             encoded,
-            (jnp.arange(length) <= index)[None, None, None],
-            cache["visible"][:, None, None],
+            visible[:, None, None],
+            cache["mask"][:, None, None],
             cache["layers"],
             index,
+            ago,
         )
-        cache = {**cache, "layers": kept, "index": index + 1}
-        return self.logits(x[:, 0]), cache
+        new = {"layers": kept, "written": written + 1, "index": (index + 1) % length}
+        return self.logits(x[:, 0]), {**cache, **new}
