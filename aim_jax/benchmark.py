@@ -520,25 +520,56 @@ def padding(cfg: config.Config) -> dict[str, Any]:
 
 
 def decoded(job: jobs.Job) -> dict[str, float]:
-    """What evaluation of the test rows runs over, by their reference answers.
+    """What an evaluation of all tasks runs over, were all answers the reference's.
 
-    `tokens`: of prompts, for a real one; `steps`: of the token loop, for one that a row
-    needs; `shared`: the part of prompt tokens that all rows of a task begin with.
+    `tokens`: of prompts, for a real one; `steps`: of a place, for a token that a row needs;
+    `shared`: the part of prompt tokens that all rows of a task begin with.
     """
     count: collections.Counter[str] = collections.Counter()
+    examples = []
     for task in job.stream:
-        examples = batches.encode(job.text, task.test, truncate=False)
-        prompts = [e.inputs.tolist() for e in examples]
+        examples += batches.encode(job.text, task.test, truncate=False)
+        prompts = [e.inputs.tolist() for e in examples[-len(task.test) :]]
         count["shared"] += len(prompts) * len(os.path.commonprefix(prompts))
-        count["needed"] += sum(len(e.targets) for e in examples)
-        count["real"] += sum(map(len, prompts))
-        groups = evaluate.groups(
-            job.text, list(map(len, prompts)), job.cfg.eval.batch_size
-        )
-        for chosen, rows in groups:
-            some = [examples[i] for i in chosen]
-            count["tokens"] += batches.prompts(job.text, some, rows)["inputs"].size
-            count["steps"] += rows * batches.longest_target(some)
+    count["real"] = sum(len(e.inputs) for e in examples)
+    count["needed"] = sum(len(e.targets) for e in examples)
+
+    # A pool without a model; its `count` is of the tokens that a row has yet to say.
+    def empty(base: Any, delta: Any, batch: Any, key: Any, rows: int) -> evaluate.Pool:
+        left = np.zeros(rows, int)
+        cache = {"mask": np.zeros((rows, batch["mask"].shape[1]))}
+        return evaluate.Pool(cache, np.zeros((rows, 0)), left, left == 0)
+
+    def widen(pool: evaluate.Pool, extra: int) -> evaluate.Pool:
+        cache = {"mask": np.pad(pool.cache["mask"], ((0, 0), (0, extra)))}
+        return pool._replace(cache=cache)
+
+    def fill(
+        base: Any, delta: Any, pool: evaluate.Pool, batch: Any, places: Any, key: Any
+    ) -> evaluate.Pool:
+        count["tokens"] += batch["inputs"].size
+        count["steps"] += len(places)
+        left = pool.count.copy()
+        for place, number in zip(np.asarray(places), batch["number"], strict=True):
+            if place < len(left):
+                left[place] = len(examples[int(number)].targets) - 1
+        return pool._replace(count=left, done=left == 0)
+
+    def run(base: Any, delta: Any, pool: evaluate.Pool, least: int) -> evaluate.Pool:
+        steps = np.sort(pool.count)[least - 1]
+        count["steps"] += int(steps) * len(pool.count)
+        left = np.maximum(pool.count - steps, 0)
+        return pool._replace(count=left, done=left == 0)
+
+    evaluate.generate(
+        evaluate.Decoder(empty, widen, fill, run),
+        {},
+        {},
+        job.text,
+        examples,
+        job.cfg.eval.batch_size,
+        parallel.open_devices(config.Parallel(mode="jit"), devices=jax.devices()[:1]),
+    )
     return {
         "tokens": round(count["tokens"] / count["real"], 3),
         "steps": round(count["steps"] / count["needed"], 3),
