@@ -223,7 +223,9 @@ def keep_rows(tree: Tree, axis: Callable[[Any], int | None], devices: Devices) -
         if place is None:
             spec = P()
         else:
-            split = x.ndim >= 4 and x.shape[place + 1] % devices.mesh.shape[AXES[1]] == 0
+            split = (
+                x.ndim >= 4 and x.shape[place + 1] % devices.mesh.shape[AXES[1]] == 0
+            )
             spec = P(*(None,) * place, *(AXES if split else (AXIS,)))
         return jax.lax.with_sharding_constraint(x, NamedSharding(devices.mesh, spec))
 

@@ -465,7 +465,9 @@ def predict(
                 "input": row["input"],
                 "label": row["output"],
                 "prediction": text,
-                "score": metrics.score_row(task.metric, text, row["output"], task.remap),
+                "score": metrics.score_row(
+                    task.metric, text, row["output"], task.remap
+                ),
             }
             for row, text in zip(task.test, texts, strict=False)
         ]

@@ -32,7 +32,9 @@ def test_any_batch_gives_the_same_tokens(setup):
     base, text, examples, decode = setup
     devices = parallel.open_devices(config.Parallel(mode="jit"))
     # Several lengths of prompts and of answers, so that places are left and taken.
-    examples = [e._replace(inputs=np.tile(e.inputs, n)) for n in (1, 9) for e in examples]
+    examples = [
+        e._replace(inputs=np.tile(e.inputs, n)) for n in (1, 9) for e in examples
+    ]
     memory = config.Memory(max_tokens=6)
     cfg = config.resolve(config.Config(memory=memory))
     eos, key = text.tokenizer.eos_token_id, jax.random.key(0)

@@ -269,7 +269,9 @@ def mask_bias(visible: jax.Array) -> jax.Array:
     return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
 
 
-def age(index: jax.Array, length: int, written: jax.Array) -> tuple[jax.Array, jax.Array]:
+def age(
+    index: jax.Array, length: int, written: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """How many tokens ago each place of a ring of `length` was written, and who sees it.
 
     index: the place that is being written; written (b,): tokens that each row wrote before
