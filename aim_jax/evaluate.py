@@ -1,4 +1,8 @@
-"""Compiled decoding in batches, greedy or by sampling, and the text that it gives."""
+"""Compiled decoding, greedy or by sampling, and the text that it gives.
+
+Rows that have ended leave their places to others at once (Orca, Yu et al. 2022, section 3),
+so that no device waits for the longest answer of a batch.
+"""
 
 import collections
 import functools
@@ -151,7 +155,7 @@ def _decoder(
         return choose(logits, pool)
 
     def placed(pool: Pool) -> Pool:
-        return parallel.keep_rows(pool, row_axis, devices)
+        return parallel.spread(pool, row_axis, devices)
 
     @functools.partial(jax.jit, static_argnums=4)
     def empty(base: Tree, delta: Tree, batch: Tree, key: Any, rows: int) -> Pool:
@@ -177,7 +181,9 @@ def _decoder(
     def fill(
         base: Tree, delta: Tree, pool: Pool, batch: Tree, places: jax.Array, key: Any
     ) -> Pool:
-        new = begun(base, delta, batch, key, pool.cache["index"])
+        # Prompts are many tokens, so weights are gathered to their rows.
+        begin = parallel.within(begun, devices)
+        new = begin(base, delta, batch, key, pool.cache["index"])
         new = wider(new, pool.cache["mask"].shape[1] - batch["mask"].shape[1])
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -148,6 +148,8 @@ def compile(
 
 def within(step: Callable, devices: Devices) -> Callable:
     """`step`, which knows the mesh while it is traced (`layers.by_rows`)."""
+    if devices.mode == "exact":
+        return step
 
     @functools.wraps(step)
     def run(*args: Tree, **named: Tree) -> Tree:
@@ -210,24 +212,31 @@ def lanes(devices: Devices) -> list[Lane]:
     return [Lane(devices.count, lambda tree: tree, put, get)]
 
 
-def keep_rows(tree: Tree, axis: Callable[[Any], int | None], devices: Devices) -> Tree:
-    """`tree`, said to be split by rows along axis(leaf), or whole where that is None.
+def spread(tree: Tree, axis: Callable[[Any], int | None], devices: Devices) -> Tree:
+    """What decoding keeps from token to token, said to lie where its products are.
 
-    Of keys and values the heads, which follow the rows, are split too.
+    axis(leaf): that of the rows, None for none. Beside a whole base every device keeps its
+    rows. A split base stays where it is, since it is larger than a token of each row: keys
+    and values (..., rows, heads, length, features) are split by heads or features as it
+    is, and all else is whole.
     """
     if devices.mode == "exact":
         return tree
 
     def of(x: jax.Array) -> jax.Array:
-        place = axis(x)
-        if place is None:
-            spec = P()
-        else:
-            split = (
-                x.ndim >= 4 and x.shape[place + 1] % devices.mesh.shape[AXES[1]] == 0
-            )
-            spec = P(*(None,) * place, *(AXES if split else (AXIS,)))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(devices.mesh, spec))
+        place, names = axis(x), [()] * x.ndim
+        if place is not None and devices.whole:
+            names[place] = (AXIS,)
+        elif x.ndim >= 4:
+            sizes = {i: x.shape[i] for i in (place + 1, place + 3, place)}
+            for name in reversed(AXES):
+                parts = devices.mesh.shape[name]
+                fitting = next((i for i in sizes if sizes[i] % parts == 0), None)
+                if fitting is not None:
+                    names[fitting] += (name,)
+                    sizes[fitting] //= parts
+        split = NamedSharding(devices.mesh, P(*(n or None for n in names)))
+        return jax.lax.with_sharding_constraint(x, split)
 
     return jax.tree.map(of, tree)
 

@@ -317,6 +317,9 @@ _WIDTH = {
 }
 
 
+CONSTANT = r"{} = [su]32\[\]\S* constant\((\d+)\)"  # of that name, in HLO text
+
+
 def collective_bytes(text: str, turns: int = 1) -> float:
     """Bytes that a chip sends in one call of a compiled program, given as HLO text.
 
@@ -360,13 +363,34 @@ def _calls(line: str, parts: dict[str, str], turns: int) -> Iterator[tuple[str, 
     """Computations that an instruction calls, and how often."""
     times = 1
     if " while(" in line:
-        condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
-        known = re.findall(r"known_trip_count\D*(\d+)", line) or re.findall(
-            r" s32\[\]\S* constant\((\d+)\)", parts.get(condition, "")
+        condition, body = (
+            parts.get(re.search(rf"{name}=%?([\w.\-]+)", line)[1], "")
+            for name in ("condition", "body")
         )
-        times = int(known[0]) if len(known) == 1 else turns
+        known = re.findall(r"known_trip_count\D*(\d+)", line)
+        limit = re.findall(CONSTANT.format(r"\S+"), condition)
+        if known:
+            times = int(known[0])
+        elif len(limit) == 1:
+            times = -(-int(limit[0]) // _stride(condition, body))
+        else:
+            times = turns
     for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
         yield called, times
+
+
+def _stride(condition: str, body: str) -> int:
+    """What a loop adds to its counter in a turn: more than 1 where it was unrolled."""
+    counter = re.search(r" get-tuple-element\(.*?\), index=(\d+)", condition)
+    root = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    if counter and root:
+        name = re.findall(r"%[\w.\-]+", root[1])[int(counter[1])]
+        added = re.search(rf"{re.escape(name)} = .* add\((%\S+), (%[\w.\-]+)\)", body)
+        for operand in added.groups() if added else ():
+            number = re.search(CONSTANT.format(re.escape(operand)), body)
+            if number:
+                return int(number[1])
+    return 1
 
 
 def _group(line: str) -> int:

@@ -26,6 +26,10 @@ HLO = """HloModule step
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %p = (s32[], bf16[8,4]) parameter(0)
   %w = bf16[8,4]{1,0} all-gather(bf16[2,4]{1,0} %q), replica_groups=[2,4]<=[8], dimensions={0}
+  %old = s32[] get-tuple-element(%p), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %new = s32[] add(%old, STRIDE)
+  ROOT %out = (s32[], bf16[8,4]) tuple(%new, %w)
 }
 
 %first (a: f32[16]) -> f32[16] {
@@ -39,6 +43,7 @@ HLO = """HloModule step
 %condition (p: (s32[], bf16[8,4])) -> pred[] {
   LIMIT
   %p = (s32[], bf16[8,4]) parameter(0)
+  %counter = s32[] get-tuple-element(%p), index=0
 }
 
 ENTRY %main (a: f32[16]) -> f32[16] {
@@ -52,16 +57,17 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 
 
 @pytest.mark.parametrize(
-    "known, limit, times",
+    "known, limit, stride, times",
     [
-        ('backend_config={"known_trip_count":{"n":"3"}}', "", 3),
-        ("", "%n = s32[]{:T(128)} constant(4)", 4),
-        ("", "", 5),
+        ('backend_config={"known_trip_count":{"n":"3"}}', "", "%two", 3),
+        ("", "%n = s32[]{:T(128)} constant(4)", "%other", 4),
+        ("", "%n = u32[]{:T(128)} constant(7)", "%two", 4),
+        ("", "", "%two", 5),
     ],
 )
 @pytest.mark.parametrize("group", ["{{0,1},{2,3}}", "mesh['a'=4,'b'=2] {'b'}"])
-def test_bytes_of_collectives(known, limit, times, group):
-    text = HLO.replace("KNOWN", known).replace("LIMIT", limit)
+def test_bytes_of_collectives(known, limit, stride, times, group):
+    text = HLO.replace("KNOWN", known).replace("LIMIT", limit).replace("STRIDE", stride)
     text = text.replace("{{0,1},{2,3}}", group)
     found = plan.collective_bytes(text, turns=5)
     gathered = 8 * 4 * 2 * 3 / 4
