@@ -21,12 +21,24 @@ from aim_jax.models import hf
 
 # Each case: (model folder, or folder:bits, changes of config.Parallel, devices).
 SCRIPT = """
-import json, sys, zlib
+import json, sys, types, zlib
 import jax, numpy as np
-from aim_jax import config, lora, methods, parallel, steps
+from aim_jax import config, evaluate, lora, methods, parallel, steps
 from aim_jax.data import batches
 from aim_jax.models import hf
 from fixtures import make_models
+
+def decoded(base, text, rows, cfg, devices):
+    # One that the model says soon, so that answers are of several lengths.
+    eos = 17 if base.family.KIND == "encdec" else make_models.EOS
+    decoder = evaluate.greedy(base.model, eos, cfg, devices)
+    text = text._replace(tokenizer=types.SimpleNamespace(eos_token_id=eos))
+    rows = [r._replace(inputs=np.resize(r.inputs, 3 + i % 12)) for i, r in enumerate(rows)]
+    tokens = evaluate.generate(decoder, base.params, {}, text, rows, 16, devices)
+    return {
+        "tokens": [row.tolist() for row in tokens],
+        "compiled": [f._cache_size() for f in (decoder.empty, decoder.run)],
+    }
 
 def trained(name, changes, count):
     folder, _, bits = name.partition(":")
@@ -37,6 +49,7 @@ def trained(name, changes, count):
         data=config.Data(buckets=(8, 16), target_buckets=(8,), device_rows=2),
         train=config.Train(batch_size=16, micro_batch_size=8, warmup_steps=2),
         lora=config.Lora(dropout=0.0, target=(".*(q|v|[qv]_proj)",)),
+        eval=config.Eval(max_length=7),
         parallel=config.Parallel(**changes),
     ))
     devices = parallel.open_devices(cfg.parallel, devices=jax.devices()[:count])
@@ -44,6 +57,8 @@ def trained(name, changes, count):
     text = batches.Text(None, base.family.KIND, cfg.data, devices.count)
     rows = [batches.Example("", np.array(source), np.array(target))
             for source, target in make_models.rows(40, seed=1)]
+    if sys.argv[2] == "decode":
+        return decoded(base, text, rows, cfg, devices)
     pure = steps.make(base.model, cfg, methods.Method(probe_dropout=True))
     train = parallel.compile(pure.train, devices, batch=3, args=4)
     delta = lora.init(jax.random.key(0), base.params, base.keys, cfg.lora)
@@ -127,6 +142,19 @@ def test_eight_devices_agree_with_one(name, what):
             # Scales of 4-bit weights are too few to split: more of it stays whole.
             limit = 0.25 if ":" in name else 0.2
             assert made["bytes"] < limit * one["bytes"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("t5", marks=pytest.mark.slow)])
+def test_eight_devices_decode_what_one_does(name):
+    ways = {"mode": "pmap"}, {"mode": "jit", "tensor": 2}, {"exact": True}
+    one, *others = results(
+        [(name, {"mode": "jit"}, 1), *((name, way, 8) for way in ways)], "decode"
+    )
+    assert len({len(row) for row in one["tokens"]}) > 1
+    for way, made in zip(ways, others, strict=True):
+        assert made["tokens"] == one["tokens"], way
+        # For prompts of up to 8 and of up to 16 tokens; where rows lie does not change.
+        assert made["compiled"] == [1, 2] or "exact" in way
 
 
 @pytest.mark.parametrize(
