@@ -528,8 +528,9 @@ def decoded(job: jobs.Job) -> dict[str, float]:
     count: collections.Counter[str] = collections.Counter()
     examples = []
     for task in job.stream:
-        examples += batches.encode(job.text, task.test, truncate=False)
-        prompts = [e.inputs.tolist() for e in examples[-len(task.test) :]]
+        own = batches.encode(job.text, task.test, truncate=False)
+        examples += own
+        prompts = [e.inputs.tolist() for e in own]
         count["shared"] += len(prompts) * len(os.path.commonprefix(prompts))
     count["real"] = sum(len(e.inputs) for e in examples)
     count["needed"] = sum(len(e.targets) for e in examples)

@@ -288,15 +288,13 @@ def generate(
     lengths = [len(e.inputs) for e in examples]
     order = sorted(range(len(examples)), key=lengths.__getitem__)
     long = sum(n > buckets[-1] for n in lengths)
-    share = len(lanes) * lanes[0].count
     fitting = rows * buckets[-1] // batches.bucket(max(lengths, default=1), buckets)
-    for chosen, count, part in (
-        (order[: len(order) - long], rows, REFILL),
-        (order[len(order) - long :], fitting, rows),
+    many, few = (-(-max(count, 1) // devices.count) for count in (rows, fitting))
+    for chosen, places, group in (
+        (order[: len(order) - long], many, max(1, many // REFILL)),
+        (order[len(order) - long :], few, 1),
     ):
         queue = collections.deque(chosen)
-        places = -(-max(count, 1) // share)
-        group = max(1, places // part)
         working = [work(lane, queue, places, group) for lane in lanes]
         while working:
             working = [w for w in working if next(w, False)]

@@ -560,7 +560,7 @@ def held_out_scores(
     scores = {
         task.name: kept_score(
             folder / f"{task.name}.jsonl",
-            functools.partial(lambda task: predict(job, delta, [task])[0], task),
+            lambda task=task: predict(job, delta, [task])[0],
         )
         for task in job.held_out
     }
