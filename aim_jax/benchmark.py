@@ -504,7 +504,7 @@ def padding(cfg: config.Config) -> dict[str, Any]:
             full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
             sizes = np.array(batches.cuts(buckets, full, least))
             used = np.asarray(batch["mask"]).sum(-1).max(-1)
-            cut = sizes[np.searchsorted(sizes, used)]
+            cut = sizes[np.searchsorted(sizes, used[used > 0])]
             lengths.update(cut.tolist())
             ran["parts"] += batch["inputs"].shape[-2] * int(cut.sum())
             ran["batch"] += len(rows) * batches.bucket(max(rows), buckets)

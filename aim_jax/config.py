@@ -51,6 +51,7 @@ class Data:
     buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 576, 768, 1024)
     target_buckets: tuple[int, ...] = (8, 32, 128)
     device_rows: int = 8  # that a device takes at once, of like lengths
+    pack: bool = True  # examples share a row that has room for them
 
 
 @dataclasses.dataclass(frozen=True)

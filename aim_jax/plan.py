@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
@@ -153,13 +154,15 @@ def programs(
     delta, state = (_on(tree, whole) for tree in (delta, state))
     inputs = length - target if family.KIND == "encdec" else length
     # Every row is that long.
-    data = dataclasses.replace(cfg.data, buckets=(inputs,))
+    data = dataclasses.replace(cfg.data, buckets=(inputs,), target_buckets=(target,))
+    text = batches.Text(None, family.KIND, data, devices.count, inputs)
+    example = batches.Example("", np.zeros(length - target), np.zeros(target))
     pure = steps.make(model, dataclasses.replace(cfg, data=data), methods.Method())
 
     def batch(size: int, *before: int) -> Tree:
-        rows = batches.parts(size, data.device_rows, devices.count)
-        axes = P(*(None for _ in (*before, rows[0])), parallel.AXIS)
-        made = _batch((*before, *rows), inputs, target)
+        made = batches.collate(text, [[example]], size)
+        made = jax.tree.map(lambda x: x.reshape(*before, *x.shape), made)
+        axes = P(*(None for _ in (*before, 0)), parallel.AXIS)
         return _on(made, NamedSharding(devices.mesh, axes))
 
     def forward(size: int) -> Work:
@@ -185,8 +188,7 @@ def programs(
         return Program(step, arguments, needed=forward(size).trained)
 
     def decode() -> Program:
-        prompt = _batch((cfg.eval.batch_size,), length - target, 1)
-        prompt = {name: prompt[name] for name in ("inputs", "mask")}
+        prompt = batches.prompts(text, [example], cfg.eval.batch_size)
         prompt = _on(prompt, NamedSharding(devices.mesh, P(parallel.AXIS)))
         limited = dataclasses.replace(cfg.eval, max_length=target + 1)
         cfg_ = dataclasses.replace(cfg, eval=limited)
@@ -377,6 +379,10 @@ def _calls(line: str, parts: dict[str, str], turns: int) -> Iterator[tuple[str, 
             times = turns
     for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
         yield called, times
+    # Of a step's branches only one is work: parts are full or empty.
+    for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+        for called in re.findall(r"[\w.\-]+", branches):
+            yield called, times
 
 
 def _stride(condition: str, body: str) -> int:
@@ -404,20 +410,6 @@ def _group(line: str) -> int:
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     return found[1].count(",") + 1 if found else 2
-
-
-def _batch(rows: tuple[int, ...], length: int, target: int) -> Tree:
-    """Shapes of a batch."""
-
-    def of(size: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*rows, size), dtype)
-
-    return {
-        "inputs": of(length, jnp.int32),
-        "mask": of(length, bool),
-        "targets": of(target, jnp.int32),
-        "weights": of(target, jnp.float32),
-    }
 
 
 def _on(tree: Tree, sharding: NamedSharding) -> Tree:

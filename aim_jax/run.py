@@ -742,7 +742,8 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
         for first in range(0, len(chosen), micro):
             examples = [task.train[i] for i in chosen[first : first + micro]]
             batch = parallel.place(
-                batches.collate(job.text, [examples], micro), job.devices
+                batches.collate(job.text, [examples], micro, share=False),
+                job.devices,
             )
             part = job.steps.squares(job.base.params, state, memo.arrays, batch)
             total = part if total is None else jax.tree.map(jax.numpy.add, total, part)

@@ -143,7 +143,8 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
     def summed(f: Callable, zero: Tree, batch: Batch, axis: Axis) -> Tree:
         """The sum of `f(part, number)` over the parts of a batch and over the devices.
 
-        Each part is cut to the smallest bucket that holds its rows.
+        Each part is cut to the smallest bucket that holds its rows; an empty one of several
+        costs nothing.
         """
         full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
         sizes = batches.cuts(cfg.data.buckets, full, least)
@@ -154,16 +155,21 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
                 first = jnp.where(part["mask"][:, -1].any(), full - size, 0)
                 cut = {
                     name: jax.lax.dynamic_slice_in_dim(part[name], first, size, 1)
-                    for name in ("inputs", "mask")
+                    for name in ("inputs", "mask", "segments")
+                    if name in part
                 }
                 return f(part | cut, number)
 
             return run
 
+        limits, branches = sizes, [cut_to(size) for size in sizes]
+        if batch["inputs"].shape[0] > 1:
+            limits, branches = [0, *limits], [lambda *part: zero, *branches]
+
         def add(total: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
             used = item[0]["mask"].sum(-1).max()
-            fitting = jnp.sum(used > jnp.array(sizes))
-            value = jax.lax.switch(fitting, [cut_to(n) for n in sizes], *item)
+            fitting = jnp.sum(used > jnp.array(limits))
+            value = jax.lax.switch(fitting, branches, *item)
             return jax.tree.map(jnp.add, total, value), None
 
         numbers = jnp.arange(batch["inputs"].shape[0])

@@ -115,7 +115,7 @@ def test_rows_fill_up_to_the_number_of_devices():
 
 
 def test_rows_are_sorted_into_parts_longest_first():
-    parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2))
+    parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2, pack=False))
     micros = [[example(3, 1), example(9, 2)], [example(12, 4)]]
     batch = batches.collate(parts, micros, 2)
     assert batch["inputs"].shape == (2, 2, 16)
@@ -123,6 +123,71 @@ def test_rows_are_sorted_into_parts_longest_first():
     assert batch["weights"].sum(-1).tolist() == [[4, 2], [1, 0]]
     # Two devices take two rows each.
     assert batches.collate(parts._replace(count=2), micros, 2)["inputs"].shape[1] == 4
+
+
+def packed(kind="encdec", **changes):
+    return text(kind)._replace(data=dataclasses.replace(DATA, device_rows=1, **changes))
+
+
+def test_examples_share_a_row_of_an_encoder_decoder():
+    micros = [[example(4, 1), example(9, 2)], [example(3, 1), example(10, 1)]]
+    batch = batches.collate(packed(), micros, 2)
+    assert batch["segments"][0, 0].tolist() == [1] * 10 + [2] * 4 + [0] * 2
+    assert batch["inputs"][0, 0].tolist() == [*range(1, 11), *range(1, 5), 0, 0]
+    assert batch["owners"][0, 0].tolist() == [1, 2, 0, 0]
+    assert batch["segments"][1, 0].tolist() == [1] * 9 + [2] * 3 + [0] * 4
+    assert batch["owners"][1, 0].tolist() == [1, 1, 2, 0]
+    assert not batch["mask"][2:].any() and batch["mask"].sum() == 26
+    assert batch["weights"].sum(-1).ravel().tolist() == [2, 3, 0, 0]
+
+
+def test_targets_of_a_decoder_that_share_a_row_stand_at_its_end():
+    batch = batches.collate(packed("decoder"), [[example(9, 2), example(3, 2)]], 2)
+    # The tokens that predict a target are the last ones of its example.
+    tokens = [*range(1, 9), 1, 2, 9, 9, 3, 9]
+    assert batch["inputs"][0, 0].tolist() == [0, 0, *tokens]
+    segments = [1] * 8 + [2] * 2 + [1, 1, 2, 2]
+    assert batch["segments"][0, 0].tolist() == [0, 0, *segments]
+    assert batch["targets"][0, 0].tolist() == [9] * 4
+    assert "owners" not in batch
+
+
+@pytest.mark.parametrize("kind", ["encdec", "decoder"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_every_example_lies_in_one_row(kind, rows):
+    rng = np.random.default_rng(rows)
+    for count in range(1, 20):
+        sizes = rng.integers(1, (20, 7), (count, 2)).tolist()
+        # Tokens that tell whose they are.
+        examples = [
+            batches.Example(str(i), np.full(n, 100 + i), np.full(k, 500 + i))
+            for i, (n, k) in enumerate(sizes)
+        ]
+        data = dataclasses.replace(packed().data, device_rows=rows)
+        own = batches.Text(None, kind, data)
+        batch = batches.collate(own, [examples], count, "micro_batch")
+        if "segments" not in batch:
+            assert count <= rows
+            continue
+        found = []
+        for part, place in np.ndindex(batch["mask"].shape[:2]):
+            row = {name: leaf[part, place] for name, leaf in batch.items()}
+            assert (row["mask"] == (row["segments"] > 0)).all()
+            real = row["weights"] > 0
+            for number in range(1, row["segments"].max() + 1):
+                tokens = row["inputs"][row["segments"] == number].tolist()
+                i = tokens[0] - 100
+                n, k = sizes[i]
+                if kind == "encdec":
+                    targets = row["targets"][row["owners"] == number].tolist()
+                    assert tokens == [100 + i] * n
+                else:
+                    last = row["segments"][-len(real) :] == number
+                    targets = row["targets"][last & real].tolist()
+                    assert tokens == [100 + i] * n + [500 + i] * (k - 1)
+                assert targets == [500 + i] * k
+                found.append(i)
+        assert sorted(found) == list(range(count))
 
 
 def test_a_stack_is_of_one_shape():
@@ -138,7 +203,7 @@ def test_a_stack_is_of_one_shape():
 @pytest.mark.parametrize("average", ["token", "micro_batch"])
 def test_weights_make_the_average(average):
     micros = [[example(3, 1), example(9, 2)], [example(6, 4)]]
-    parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2))
+    parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2, pack=False))
     batch = batches.collate(parts, micros, 2, average)
     assert batch["mask"].sum(-1).tolist() == [[9, 6], [3, 0]]
     losses = np.random.default_rng(0).random(batch["weights"].shape)

@@ -46,7 +46,7 @@ def trained(name, changes, count):
         model=config.Model(
             path=str(make_models.FOLDER / folder), bits=int(bits or 16), dropout=0.0
         ),
-        data=config.Data(buckets=(8, 16), target_buckets=(8,), device_rows=2),
+        data=config.Data(buckets=(8, 16), target_buckets=(8,), device_rows=1),
         train=config.Train(batch_size=16, micro_batch_size=8, warmup_steps=2),
         lora=config.Lora(dropout=0.0, target=(".*(q|v|[qv]_proj)",)),
         eval=config.Eval(max_length=7),
@@ -69,6 +69,7 @@ def trained(name, changes, count):
         chosen = [[rows[i] for i in m]
                   for m in batches.step_rows(len(rows), cfg.train, (0, 1), step + 1)]
         batch = batches.collate(text, chosen, 8, "micro_batch")
+        assert "segments" in batch  # several parts, even on eight devices
         batch = parallel.place(batch, devices)
         state, measures = train(base.params, state, (), batch)
         values.append(measures["loss"])

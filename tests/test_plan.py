@@ -46,9 +46,13 @@ HLO = """HloModule step
   %counter = s32[] get-tuple-element(%p), index=0
 }
 
+%skip (a: f32[16]) -> f32[16] {
+  ROOT %same = f32[16] parameter(0)
+}
+
 ENTRY %main (a: f32[16]) -> f32[16] {
   %a = f32[16] parameter(0)
-  %half = f32[16] fusion(f32[16] %a), kind=kCustom, calls=%first
+  %half = f32[16] conditional(s32[] %i, f32[16] %a, f32[16] %a), branch_computations={%skip, %first}
   %other = f32[16] fusion(f32[16] %a), kind=kCustom, calls=%second
   %loop = (s32[], bf16[8,4]) while((s32[], bf16[8,4]) %t), condition=%condition, body=%body, KNOWN
   ROOT %r = f32[16] all-reduce(f32[16] %a), replica_groups={{0,1},{2,3}}, to_apply=%add

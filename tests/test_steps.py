@@ -120,6 +120,48 @@ def test_padding_left_out_changes_nothing(name):
     assert first == pytest.approx(second, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["t5", "llama2", "qwen3", "gemma3"])
+def test_examples_that_share_a_row_do_not_see_each_other(name):
+    """Loss and gradients as with a row each."""
+    model = config.Model(path=str(make_models.FOLDER / name), dropout=0.0)
+    base = hf.load(model)
+    own = config.Lora(target=(".*(q|v|[qv]_proj)",), dropout=0.0)
+    rng = np.random.default_rng(0)
+    rows = [
+        batches.Example("", *(rng.integers(3, 30, size) for size in sizes))
+        for sizes in ((3, 2), (30, 1), (7, 3), (14, 2), (20, 4), (8, 1), (12, 5))
+    ]
+    delta = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
+        lora.init(jax.random.key(0), base.params, base.keys, own),
+    )
+    found = {}
+    for pack in (False, True):
+        data = config.Data(
+            buckets=(16, 40), target_buckets=(8,), device_rows=2, pack=pack
+        )
+        text = batches.Text(None, base.family.KIND, data)
+        chunk = batches.stack(text, [rows], len(rows))
+        assert chunk["mask"].any((0, 2, 3)).sum() == (2 if pack else 4)
+        cfg = dataclasses.replace(CFG, data=data, lora=own)
+        probe = steps.make(base.model, cfg, methods.Method()).probe
+
+        def of(delta, probe=probe, chunk=chunk):
+            state = steps.init(delta, 1, jax.random.key(0))
+            return probe(base.params, state, (), chunk)
+
+        found[pack] = jax.jit(jax.value_and_grad(of))(delta)
+    # Sums in another order.
+    assert float(found[False][0]) == pytest.approx(float(found[True][0]), rel=1e-6)
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(found[False][1]))
+    assert largest > 1e-3
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6 * largest),
+        found[False][1],
+        found[True][1],
+    )
+
+
 def test_learning_rate_rises_from_zero_and_falls_to_zero():
     train = dataclasses.replace(CFG.train, learning_rate=1.0, warmup_steps=4)
     rates = [

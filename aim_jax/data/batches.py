@@ -28,6 +28,9 @@ class Example(NamedTuple):
     targets: np.ndarray
 
 
+Weighted = tuple[Example, float]  # and the weight of its target tokens
+
+
 class Text(NamedTuple):
     """What turns rows into arrays.
 
@@ -131,6 +134,7 @@ def collate(
     rows: int,
     average: str = "token",
     target: int = 0,
+    share: bool = True,
 ) -> Batch:
     """Micro-batches of up to `rows` examples as one batch, leaves (parts, b, length).
 
@@ -141,24 +145,13 @@ def collate(
     mean over tokens; for `average` 'micro_batch' they make it the mean of micro-batch
     means.
 
+    With `data.pack`, where there are several parts, examples share a row that has room for
+    them (share=False: never). `segments` int32 then tells, from 1, whose each token is, and
+    for an encoder-decoder `owners` whose each target is; 0 is padding.
+
     target: tokens of the longest target, if it is not among these examples.
     """
     everything = [e for micro in examples for e in micro]
-    width = bucket(
-        max(target, longest_target(everything)),
-        sorted(text.data.target_buckets),
-    )
-    length = max(text.longest, longest(text, everything))
-    if text.kind == "decoder":
-        length = max(length, width)  # the last `width` positions predict the targets
-    length = bucket(length, sorted(text.data.buckets))
-    shape = parts(len(examples) * rows, text.data.device_rows, text.count)
-    batch = {
-        "inputs": np.zeros((*shape, length), np.int32),
-        "mask": np.zeros((*shape, length), bool),
-        "targets": np.zeros((*shape, width), np.int32),
-        "weights": np.zeros((*shape, width), np.float32),
-    }
     total = sum(len(e.targets) for e in everything)
     weighted = []
     for micro in examples:
@@ -166,11 +159,58 @@ def collate(
         if average == "micro_batch":
             weight = total / (len(examples) * sum(len(e.targets) for e in micro))
         weighted += [(example, weight) for example in micro]
+    return _arrange(text, weighted, len(examples) * rows, target, share)
+
+
+def _arrange(
+    text: Text, weighted: Sequence[Weighted], rows: int, target: int, share: bool
+) -> Batch:
+    """`collate` of up to `rows` examples with a weight each."""
+    everything = [example for example, _ in weighted]
+    buckets = sorted(text.data.buckets)
+    width = bucket(
+        max(target, longest_target(everything)), sorted(text.data.target_buckets)
+    )
+    length = max(text.longest, longest(text, everything))
+    if text.kind == "decoder":
+        length = max(length, width)  # the last `width` positions predict the targets
+    length = bucket(length, buckets)
+    shape = parts(rows, text.data.device_rows, text.count)
+    share = share and text.data.pack and shape[0] > 1
+    batch = {
+        "inputs": np.zeros((*shape, length), np.int32),
+        "mask": np.zeros((*shape, length), bool),
+        "targets": np.zeros((*shape, width), np.int32),
+        "weights": np.zeros((*shape, width), np.float32),
+    }
+    if share:
+        batch["segments"] = np.zeros((*shape, length), np.int32)
+        if text.kind == "encdec":
+            batch["owners"] = np.zeros((*shape, width), np.int32)
+    size = _length(text)
+    left = list(weighted)
     if shape[0] > 1:
-        weighted.sort(key=lambda pair: -_length(text)(pair[0]))
-    for place, (example, weight) in enumerate(weighted):
-        row = {k: v[divmod(place, shape[1])] for k, v in batch.items()}
-        _fill(row, example, text.kind, weight)
+        left.sort(key=lambda pair: -size(pair[0]))
+    for part in range(shape[0]):
+        if not left:
+            break
+        # Tokens and targets that a row has room for; none is longer than it must be.
+        most = bucket(max(size(example) for example, _ in left), buckets)
+        room = np.tile([most, width], (shape[1], 1))
+        lying, later = [[] for _ in room], []
+        for pair in left:
+            needed = np.array([size(pair[0]), len(pair[0].targets)])
+            places = np.flatnonzero((room >= needed).all(1))
+            if len(places):
+                lying[places[0]].append(pair)
+                room[places[0]] -= needed if share else room[places[0]]
+            else:
+                later.append(pair)
+        for place, pairs in enumerate(lying):
+            if pairs:
+                row = {name: leaf[part, place] for name, leaf in batch.items()}
+                _fill(row, pairs, text.kind)
+        left = later
     return batch
 
 
@@ -194,19 +234,31 @@ def _length(text: Text):
     return lambda e: len(e.inputs) + len(e.targets) - 1
 
 
-def _fill(row: Batch, example: Example, kind: str, weight: float) -> None:
-    """Write one example into the arrays of its row."""
-    n = len(example.targets)
+def _fill(row: Batch, pairs: Sequence[Weighted], kind: str) -> None:
+    """Write examples into the arrays of the row that they share."""
+    examples, weights = zip(*pairs, strict=True)
+    targets = [e.targets for e in examples]
+    lengths = [len(t) for t in targets]
     if kind == "encdec":
-        tokens, place, ends = example.inputs, slice(len(example.inputs)), slice(n)
+        tokens = [e.inputs for e in examples]
     else:
-        # Right-aligned, so that the last positions of every row predict its targets.
-        tokens = np.concatenate([example.inputs, example.targets])[:-1]
-        place, ends = slice(-len(tokens), None), slice(-n, None)
-    row["inputs"][place] = tokens
-    row["mask"][place] = True
-    row["targets"][ends] = example.targets
-    row["weights"][ends] = weight
+        # The last positions of a row predict the targets of all its examples.
+        whole = [np.concatenate([e.inputs, e.targets])[:-1] for e in examples]
+        cut = [np.split(w, [-n]) for w, n in zip(whole, lengths, strict=True)]
+        tokens = [first for first, _ in cut] + [last for _, last in cut]
+    numbers = np.arange(len(pairs)) + 1
+    segments = np.resize(numbers, len(tokens)).repeat([len(t) for t in tokens])
+    values = {
+        "inputs": np.concatenate(tokens),
+        "mask": segments > 0,
+        "segments": segments,
+        "targets": np.concatenate(targets),
+        "weights": np.repeat(weights, lengths),
+        "owners": numbers.repeat(lengths),
+    }
+    for name, leaf in row.items():
+        n = len(values[name])
+        leaf[slice(n) if kind == "encdec" else slice(-n, None)] = values[name]
 
 
 def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
@@ -275,8 +327,6 @@ def validation_batches(
     made = []
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
-        batch = collate(text, [[examples[i] for i in chosen]], rows)
-        of_row = batch["weights"].reshape(-1, batch["weights"].shape[-1])
-        of_row[: len(chosen)] *= np.array([[weight[i]] for i in chosen], np.float32)
-        made.append(batch)
+        weighted = [(examples[i], weight[i]) for i in chosen]
+        made.append(_arrange(text, weighted, rows, 0, True))
     return made

@@ -377,7 +377,8 @@ class Model(nn.Module):
     def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
         """Float32 logits (b, k, v) at the last k positions, those of `targets`."""
         keep = batch["targets"].shape[1]
-        return self._advance(batch["inputs"], self._whole(batch["mask"]), keep)[0]
+        shared = self._whole(batch["mask"], batch.get("segments"))
+        return self._advance(batch["inputs"], shared, keep)[0]
 
     def real(self, path: str, batch: dict[str, jax.Array]) -> jax.Array:
         """Where the positions that the module at `path` runs over are tokens (b, t)."""
@@ -433,9 +434,18 @@ class Model(nn.Module):
         axes = {"layers": -2, "last": -2, "mask": 1}
         return cache | {name: wider(name, axes[name]) for name in cache if name in axes}
 
-    def _whole(self, mask: jax.Array) -> Tables:
-        """Tables of rows (b, s) whose every token is a query, the first at position 0."""
-        place = jnp.arange(mask.shape[1])
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        back = place[:, None] - place
-        return tables(self.config.kinds, positions, back[None], mask)
+    def _whole(self, mask: jax.Array, segments: jax.Array | None = None) -> Tables:
+        """Tables of rows (b, s) whose every token is a query.
+
+        Tokens see earlier ones of their segment, whose first is at position 0; without
+        `segments` a row is one.
+        """
+        if segments is None:
+            place = jnp.arange(mask.shape[1])
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            back = (place[:, None] - place)[None]
+        else:
+            same = layers.same(segments, segments)[:, 0]
+            positions = jnp.tril(same).sum(-1) - 1
+            back = jnp.where(same, positions[:, :, None] - positions[:, None], -1)
+        return tables(self.config.kinds, positions, back, mask)

@@ -269,6 +269,11 @@ def mask_bias(visible: jax.Array) -> jax.Array:
     return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
 
 
+def same(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Where a query (b, t) and a key (b, s) are of one segment, (b, 1, t, s)."""
+    return (queries[:, :, None] == keys[:, None])[:, None]
+
+
 def age(
     index: jax.Array, length: int, written: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

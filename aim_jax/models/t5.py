@@ -321,6 +321,8 @@ class Model(nn.Module):
     def encode(self, batch: dict[str, jax.Array]) -> jax.Array:
         """Encoder output (b, s, i)."""
         visible = batch["mask"][:, None, None]
+        if "segments" in batch:
+            visible = layers.same(batch["segments"], batch["segments"])
         return self.encoder(self.shared(batch["inputs"]), None, visible)[0]
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -337,11 +339,18 @@ class Model(nn.Module):
         tokens = jnp.concatenate([start, targets[:, :-1]], axis=1)
         length = tokens.shape[1]
         causal = np.tril(np.ones((1, 1, length, length), bool))
+        visible = batch["mask"][:, None, None]
+        if "owners" in batch:
+            owners = batch["owners"]
+            begins = jnp.diff(owners, axis=1, prepend=0) != 0
+            tokens = jnp.where(begins, self.config.start, tokens)
+            causal = causal & layers.same(owners, owners)
+            visible = layers.same(owners, batch["segments"])
         x, _ = self.decoder(
             self.shared(tokens),
             self.encode(batch),
             causal,
-            batch["mask"][:, None, None],
+            visible,
         )
         return self.logits(x)
 
