@@ -142,6 +142,8 @@ def test_eight_devices_agree_with_one(name, what):
         if way["mode"] == "jit":  # the base is split, not copied
             # Scales of 4-bit weights are too few to split: more of it stays whole.
             limit = 0.25 if ":" in name else 0.2
+            if (name, way.get("tensor")) == ("t5", 4):
+                limit = 0.4  # its 3 heads of 6 features are not divided by 4
             assert made["bytes"] < limit * one["bytes"]
 
 
