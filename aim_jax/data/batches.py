@@ -195,7 +195,7 @@ def _arrange(
         if not left:
             break
         # Tokens and targets that a row has room for; none is longer than it must be.
-        most = bucket(max(size(example) for example, _ in left), buckets)
+        most = bucket(longest(text, [example for example, _ in left]), buckets)
         room = np.tile([most, width], (shape[1], 1))
         lying, later = [[] for _ in room], []
         for pair in left:
