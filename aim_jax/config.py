@@ -31,6 +31,9 @@ class Model:
     bits: int = 16  # of a frozen dense weight: 8 or 4 are integers with scales
     # What backward computes anew: nothing, whole layers (`full`), or all but `dots`.
     remat: str = "none"
+    attention: str = (
+        "xla"  # how a decoder computes it; `cudnn`: fused, on an NVIDIA GPU
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,7 @@ CHOICES = {
     "method.drop_into": ("linear", "ties"),
     "model.bits": (4, 8, 16),
     "model.remat": ("none", "full", "dots"),
+    "model.attention": ("xla", "cudnn"),
     "parallel.mode": ("auto", "pmap", "jit"),
 }
 

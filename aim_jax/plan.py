@@ -1,7 +1,7 @@
 """Will it fit, and how fast could it be: `python -m aim_jax.plan --config FILE --topology T`.
 
-Compiles the programs of a run ahead of time for TPUs that need not be there, from shapes
-alone. Bytes per chip are the compiler's; FLOPs are counted in the jaxpr and bytes of
+Compiles the programs of a run ahead of time for TPUs or GPUs that need not be there, from
+shapes alone. Bytes per chip are the compiler's; FLOPs are counted in the jaxpr and bytes of
 collectives in the compiled program, both times the turns of the loops around them. The
 step time is an estimate: a roofline over the published peaks of the chip. Nothing is run.
 """
@@ -35,7 +35,8 @@ class Chip(NamedTuple):
     """Published peaks: bf16 FLOP/s, bytes/s of memory and of links, bytes of memory.
 
     Source: cloud.google.com/tpu/docs, pages v5e, v5p and v6e, "system architecture"; the
-    rate of the links is their "interchip interconnect bandwidth per chip".
+    rate of the links is their "interchip interconnect bandwidth per chip". NVIDIA's data
+    sheets of A100 80GB, H100 and H200 SXM: dense products, and NVLink one way.
     """
 
     flops: float
@@ -48,7 +49,16 @@ CHIPS = {
     "v5e": Chip(197e12, 819e9, 200e9, 16e9),
     "v5p": Chip(459e12, 2765e9, 600e9, 95e9),
     "v6e": Chip(918e12, 1640e9, 448e9, 32e9),
+    "a100": Chip(312e12, 2039e9, 300e9, 80e9),
+    "h100": Chip(989e12, 3350e9, 450e9, 80e9),
+    "h200": Chip(989e12, 4800e9, 450e9, 141e9),
 }
+# What the GPU compiler asks of a device: compute capability, multiprocessors, bytes of L2
+# and of shared memory (of a multiprocessor, of a block), GHz.
+HOPPER = (9, 132, 52428800, 233472, 232448, 1.98)
+GPUS = {"a100": (8, 108, 41943040, 167936, 166912, 1.41)} | dict.fromkeys(
+    ("h100", "h200"), HOPPER
+)
 
 
 class Work(NamedTuple):
@@ -116,35 +126,79 @@ def plan(
 
 
 def describe(topology: str, cfg: config.Parallel) -> tuple[Chip, parallel.Devices]:
-    """Peaks and mesh of a topology such as v5e:2x4."""
+    """Peaks and mesh of a topology: v5e:2x4 chips a side, h200:2x8 machines and GPUs."""
     kind, _, sides = topology.partition(":")
     if kind not in CHIPS:
         raise aim_jax.InputError(
             f"--topology {topology}: the kinds are {', '.join(CHIPS)}, as in v5e:2x4"
+            " or h200:8"
         )
-    # What a machine of that kind would be told by its metadata server.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Nothing runs; and a compiler whose devices are looked for in vain is forgotten.
+    jax.config.update("jax_platforms", "cpu")
     try:
-        # A machine has four chips, unless it has one.
-        alone = {"chips_per_host_bounds": (1, 1, 1)} if set(sides) <= set("1x") else {}
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **alone
-        )
-    except (RuntimeError, ValueError) as error:
+        if kind in GPUS:
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=topology,
+                topology="x".join(["1", "1", *sides.split("x")][-3:]),
+                target_config=_gpu(kind),
+            )
+        else:
+            # What a machine of that kind would be told by its metadata server.
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+            os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            # A machine has four chips, unless it has one.
+            one = set(sides) <= set("1x")
+            alone = {"chips_per_host_bounds": (1, 1, 1)} if one else {}
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, **alone
+            )
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        extra = "cuda12" if kind in GPUS else "tpu"
         raise aim_jax.InputError(
-            f"--topology {topology}: {error}; the TPU compiler comes with"
-            " pip install 'jax[tpu]'"
+            f"--topology {topology}: {error}; its compiler comes with"
+            f" pip install 'jax[{extra}]'"
         ) from None
     return CHIPS[kind], parallel.open_devices(cfg, devices=found.devices)
+
+
+def _gpu(kind: str) -> str:
+    """XLA's GpuTargetConfigProto of a kind, as text."""
+    capability, cores, l2, shared, block, clock = GPUS[kind]
+    chip = CHIPS[kind]
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA {kind.upper()}"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        gpu_device_info {{
+            cuda_compute_capability {{ major: {capability} }}
+            core_count: {cores}
+            l2_cache_size: {l2}
+            shared_memory_per_core: {shared}
+            shared_memory_per_block: 49152
+            shared_memory_per_block_optin: {block}
+            clock_rate_ghz: {clock}
+            memory_bandwidth: {chip.memory_rate:.0f}
+            device_memory_size: {chip.memory:.0f}
+            threads_per_block_limit: 1024
+            threads_per_core_limit: 2048
+            threads_per_warp: 32
+            fpus_per_core: {64 if capability == 8 else 128}
+            registers_per_block_limit: 65536
+            registers_per_core_limit: 65536
+            block_dim_limit_x: 2147483647
+            block_dim_limit_y: 65535
+            block_dim_limit_z: 65535
+        }}"""
 
 
 def programs(
     cfg: config.Config, devices: parallel.Devices, length: int, target: int
 ) -> dict[str, Callable[[], Program]]:
     """What makes the program of each name."""
-    family, model = hf.build(cfg.model)
+    family, model = hf.build(cfg.model, devices)
     whole, keys = devices.replicated, family.keys(model.config)
     kept = hf.parameters(cfg.model, model, keys)
     places = parallel.shardings(kept, family.RULES, devices)
@@ -264,6 +318,9 @@ def counted(jaxpr: Any, turns: int = 1) -> Work:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             parts, times = [_product(equation)], 1
+        elif name.startswith("dot_product_attention_"):
+            # Scores and outputs; backward has the scores anew and four gradients.
+            parts, times = [_fused(equation, 5 if "bwd" in name else 2)], 1
         else:
             times = {"scan": params.get("length"), "while": turns}.get(name, 1)
             parts = [counted(j, turns) for j in _inner(params)]
@@ -297,6 +354,14 @@ def _product(equation: Any) -> Work:
     if weights:
         return Work(flops, 0, weight_bytes, other_bytes)
     return Work(0, flops, 0, other_bytes)
+
+
+def _fused(equation: Any, products: int) -> Work:
+    """Of an attention that keeps its scores to itself; hidden ones are counted too."""
+    arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
+    (b, t, h, d), (_, s, _, _) = (x.shape for x in arrays[:2])
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+    return Work(0, products * 2 * b * h * t * s * d, 0, size)
 
 
 # Bytes that leave a chip of n for each byte of the result, in a ring.
@@ -466,8 +531,10 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Python file that assigns CONFIG.")
     flags.DEFINE_multi_string("set", [], "section.field=value; may be repeated.")
-    flags.DEFINE_string("topology", "v5e:2x2", "Kind of TPU and chips a side.")
-    flags.DEFINE_integer("devices", None, "As many CPU devices, in place of TPUs.", 1)
+    flags.DEFINE_string(
+        "topology", "v5e:2x2", "Kind of TPU and chips a side, or of GPU and how many."
+    )
+    flags.DEFINE_integer("devices", None, "As many CPU devices, in place of those.", 1)
     flags.DEFINE_integer("length", 512, "Tokens of a row, its answer included.", 2)
     flags.DEFINE_integer("target", 32, "Tokens of an answer.", 1)
     flags.DEFINE_multi_enum("program", PROGRAMS, PROGRAMS, "May be repeated.")

@@ -1,5 +1,6 @@
 """The plan counts what a hand counts, and its command works where no TPU compiler is."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -167,7 +168,11 @@ def test_what_a_train_step_needs_and_computes_anew(remat, more):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--topology=v9:2x2"], "--topology v9:2x2: the kinds are v5e, v5p, v6e"),
+        (["--topology=v9:2x2"], "--topology v9:2x2: the kinds are v5e, v5p, v6e, a100"),
+        (
+            [SMALL[1], "--devices=2", "--set=model.attention=cudnn"],
+            "model.attention: cudnn is for decoders without attention dropout",
+        ),
         (["--devices=3"], "16 rows at once are no multiple of the 3 groups"),
     ],
 )
@@ -175,6 +180,32 @@ def test_bad_input_is_one_line(flags, message):
     done = command("--config=configs/quickstart.py", *flags)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda12_plugin"),
+    reason="the GPU compiler is not installed (pip install 'jax[cuda12]')",
+)
+def test_gpus_that_need_not_be_there():
+    """Fused attention needs the same products and less memory; eight GPUs share a base."""
+
+    def train(topology, attention="xla"):
+        done = command(
+            "--config=configs/qwen3_1p7b.py",
+            "--set=model.path=configs/shapes/qwen3_1p7b",
+            f"--set=model.attention={attention}",
+            f"--topology={topology}",
+            "--program=train",
+            "--json",
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    plain, fused, eight = train("h100:1"), train("h100:1", "cudnn"), train("h100:8")
+    assert fused["needed_flops"] == pytest.approx(plain["needed_flops"], rel=1e-6)
+    assert fused["bytes"] < 0.9 * plain["bytes"]
+    assert 7 < plain["needed_flops"] / eight["needed_flops"] <= 8
+    assert eight["collective_bytes"] > plain["collective_bytes"] == 0
 
 
 def test_every_shape_of_the_table_is_a_model():

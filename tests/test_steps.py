@@ -120,9 +120,19 @@ def test_padding_left_out_changes_nothing(name):
     assert first == pytest.approx(second, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["t5", "llama2", "qwen3", "gemma3"])
-def test_examples_that_share_a_row_do_not_see_each_other(name):
-    """Loss and gradients as with a row each."""
+@pytest.mark.parametrize(
+    "name, kernel",
+    [("t5", "xla"), ("llama2", "xla"), ("qwen3", "cudnn"), ("gemma3", "cudnn")],
+)
+def test_examples_that_share_a_row_do_not_see_each_other(name, kernel, monkeypatch):
+    """Loss and gradients as with a row each; XLA computes what cuDNN is asked for."""
+    attention = jax.nn.dot_product_attention
+
+    def stand_in(*arrays, implementation, **settings):
+        assert implementation == "cudnn"
+        return attention(*arrays, **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     model = config.Model(path=str(make_models.FOLDER / name), dropout=0.0)
     base = hf.load(model)
     own = config.Lora(target=(".*(q|v|[qv]_proj)",), dropout=0.0)
@@ -144,7 +154,10 @@ def test_examples_that_share_a_row_do_not_see_each_other(name):
         chunk = batches.stack(text, [rows], len(rows))
         assert chunk["mask"].any((0, 2, 3)).sum() == (2 if pack else 4)
         cfg = dataclasses.replace(CFG, data=data, lora=own)
-        probe = steps.make(base.model, cfg, methods.Method()).probe
+        built = base.model.config
+        if pack and kernel != "xla":
+            built = dataclasses.replace(built, attention=kernel)
+        probe = steps.make(type(base.model)(built), cfg, methods.Method()).probe
 
         def of(delta, probe=probe, chunk=chunk):
             state = steps.init(delta, 1, jax.random.key(0))

@@ -71,6 +71,7 @@ class Config:
     dropout: float = 0.0  # of the attention weights
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
 
 
 def config_from_hf(
@@ -283,7 +284,7 @@ class Attention(nn.Module):
                 new,
             )
         dropout = layers.Dropout(c.dropout)
-        out = layers.attend(q_bhtd, *new, last.bias, dropout)
+        out = layers.attend(q_bhtd, *new, last.bias, dropout, c.attention)
         return dense("o", c.width, False)(layers.merge_heads(out)), new
 
 

@@ -109,7 +109,7 @@ def load(cfg: config.Model, devices: parallel.Devices | None = None) -> Base:
     for tensors that are missing, unknown, repeated or of another shape, naming them.
     """
     folder = directory(cfg.path)
-    family, model = build(cfg)
+    family, model = build(cfg, devices)
     keys = family.keys(model.config)
     stored, kept = flatten(abstract(model)), parameters(cfg, model, keys)
     files = tensor_files(folder)
@@ -134,13 +134,31 @@ def load(cfg: config.Model, devices: parallel.Devices | None = None) -> Base:
     return Base(family, model, unflatten(flat), keys, _fingerprint(folder, files))
 
 
-def build(cfg: config.Model) -> tuple[ModuleType, Any]:
-    """Family and Linen module of a `model` section; no weight is read."""
+def build(
+    cfg: config.Model, devices: parallel.Devices | None = None
+) -> tuple[ModuleType, Any]:
+    """Family and Linen module of a `model` section; no weight is read.
+
+    Raises InputError for an attention that the model or the devices do not have.
+    """
     family, model_config = read_config(directory(cfg.path))
     changes: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.remat}
     if cfg.dropout is not None:
         changes["dropout"] = cfg.dropout
-    return family, family.Model(dataclasses.replace(model_config, **changes))
+    if family.KIND == "decoder":
+        changes["attention"] = cfg.attention
+    made = dataclasses.replace(model_config, **changes)
+    if cfg.attention == "cudnn":
+        fits = family.KIND == "decoder" and made.dropout == 0
+        fits = fits and made.head_width in range(8, 129, 8)
+        gpu = not devices or devices.mesh.devices.flat[0].platform in ("gpu", "cuda")
+        if not (fits and cfg.dtype == "bfloat16" and gpu):
+            raise aim_jax.InputError(
+                "model.attention: cudnn is for decoders without attention dropout"
+                " (model.dropout=0), with heads of 8, 16, ... 128 features, in bfloat16"
+                " (model.dtype), on NVIDIA GPUs; use xla"
+            )
+    return family, family.Model(made)
 
 
 def parameters(

@@ -246,20 +246,33 @@ def attend(
     v_bksd: jax.Array,
     bias: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] = lambda p: p,
+    kernel: str = "xla",
 ) -> jax.Array:
     """Softmax attention (b, h, t, d); softmax in float32.
 
     bias: float32 that broadcasts to (b, h, t, s), MASKED at invisible positions. Heads are
     grouped onto fewer key/value heads where there are (grouped-query attention).
+
+    kernel: `cudnn` keeps no scores. It has no dropout, a bias of 0 or MASKED alone, and
+    as many keys as queries are taken to hide those after each.
     """
     b, h, t, d = q_bhtd.shape
-    k = k_bksd.shape[1]
+    k, s = k_bksd.shape[1:3]
+    if kernel == "cudnn" and t > 1:
+        out = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q_bhtd, k_bksd, v_bksd)),
+            mask=bias > MASKED,
+            scale=1.0,
+            is_causal=t == s,
+            implementation=kernel,
+        )
+        return out.swapaxes(1, 2)
     q_bkgtd = q_bhtd.reshape(b, k, h // k, t, d)
     scores = jnp.einsum(
         "bkgtd,bksd->bkgts", q_bkgtd, k_bksd, preferred_element_type=jnp.float32
-    ).reshape(b, h, t, -1)
+    ).reshape(b, h, t, s)
     weights = dropout(jax.nn.softmax(scores + bias).astype(v_bksd.dtype))
-    weights = weights.reshape(b, k, h // k, t, -1)
+    weights = weights.reshape(b, k, h // k, t, s)
     out = jnp.einsum("bkgts,bksd->bkgtd", weights, v_bksd)
     return out.reshape(b, h, t, d)
 
