@@ -283,8 +283,8 @@ class Attention(nn.Module):
                 cache,
                 new,
             )
-        dropout = layers.Dropout(c.dropout)
-        out = layers.attend(q_bhtd, *new, last.bias, dropout, c.attention)
+        key = layers.Dropout(c.dropout).key()
+        out = layers.attend(q_bhtd, *new, last.bias, c.dropout, key, c.attention)
         return dense("o", c.width, False)(layers.merge_heads(out)), new
 
 

@@ -6,6 +6,7 @@ o output features, r rank, v vocabulary. Weights keep the [out, in] layout of Hu
 Dropout is active exactly when a `dropout` random key is passed to `apply`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -137,11 +138,14 @@ class Dropout(nn.Module):
 
     rate: float
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.rate == 0 or not self.has_rng("dropout"):
-            return x
-        return drop(x, self.rate, self.make_rng("dropout"))
+        key = self.key()
+        return x if key is None else drop(x, self.rate, key)
+
+    def key(self) -> jax.Array | None:
+        """The random key to `drop` with; None where nothing is dropped."""
+        active = self.rate and self.has_rng("dropout")
+        return self.make_rng("dropout") if active else None
 
 
 def drop(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
@@ -245,16 +249,18 @@ def attend(
     k_bksd: jax.Array,
     v_bksd: jax.Array,
     bias: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] = lambda p: p,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
     kernel: str = "xla",
 ) -> jax.Array:
-    """Softmax attention (b, h, t, d); softmax in float32.
+    """Softmax attention (b, h, t, d); softmax in float32, nothing (t, s) kept for backward.
 
-    bias: float32 that broadcasts to (b, h, t, s), MASKED at invisible positions. Heads are
-    grouped onto fewer key/value heads where there are (grouped-query attention).
+    bias: float32 that broadcasts to (b, h, t, s), MASKED at invisible positions. With a
+    `key` the weights are dropped at `rate`. Where key/value heads are fewer, the queries of
+    a group lie one after another as if they were more positions; then bias is (b, 1, t, s).
 
-    kernel: `cudnn` keeps no scores. It has no dropout, a bias of 0 or MASKED alone, and
-    as many keys as queries are taken to hide those after each.
+    kernel: `cudnn` is one call. It has no dropout, a bias of 0 or MASKED alone, and as
+    many keys as queries are taken to hide those after each.
     """
     b, h, t, d = q_bhtd.shape
     k, s = k_bksd.shape[1:3]
@@ -267,14 +273,57 @@ def attend(
             implementation=kernel,
         )
         return out.swapaxes(1, 2)
-    q_bkgtd = q_bhtd.reshape(b, k, h // k, t, d)
-    scores = jnp.einsum(
-        "bkgtd,bksd->bkgts", q_bkgtd, k_bksd, preferred_element_type=jnp.float32
-    ).reshape(b, h, t, s)
-    weights = dropout(jax.nn.softmax(scores + bias).astype(v_bksd.dtype))
-    weights = weights.reshape(b, k, h // k, t, s)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v_bksd)
+    if h > k:
+        bias = jnp.tile(bias, (1, 1, h // k, 1))
+    out = _attend(q_bhtd.reshape(b, k, -1, d), k_bksd, v_bksd, bias, rate, key)
     return out.reshape(b, h, t, d)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, bias, rate, key):
+    return _attend_forward(q, k, v, bias, rate, key)[0]
+
+
+def _attend_forward(q, k, v, bias, rate, key):
+    scores = _product("bktd,bksd->bkts", q, k) + bias
+    most = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    if key is not None:
+        weights = drop(weights, rate, key)
+    out = _product("bkts,bksd->bktd", weights.astype(v.dtype), v) / total
+    out = out.astype(v.dtype)
+    return out, (q, k, v, bias, key, out, most + jnp.log(total))
+
+
+def _attend_backward(rate, kept, grad):
+    """From the logarithmic sums of each query's weights (Dao et al. 2022, section 3.1)."""
+    q, k, v, bias, key, out, total = kept
+    weights = jnp.exp(_product("bktd,bksd->bkts", q, k) + bias - total)
+    on_weights = _product("bktd,bksd->bkts", grad, v)
+    dropped = weights
+    if key is not None:
+        dropped, on_weights = (drop(x, rate, key) for x in (weights, on_weights))
+    mean = _product("bktd,bktd->bkt", grad, out)[..., None]
+    on_scores = weights * (on_weights - mean)
+    spread = [i for i, n in enumerate(bias.shape) if n != on_scores.shape[i]]
+    on_bias = on_scores.sum(spread, keepdims=True)
+    on_scores = on_scores.astype(k.dtype)
+    on_q = _product("bkts,bksd->bktd", on_scores, k).astype(q.dtype)
+    # A product that ends in keys leaves the large operand as it lies; the barrier keeps
+    # XLA from turning that around again, which on a CPU costs a copy of it.
+    turned = [
+        jax.lax.optimization_barrier(_product("bktd,bkts->bkds", x, y))
+        for x, y in ((q, on_scores), (grad, dropped.astype(grad.dtype)))
+    ]
+    on_k, on_v = (x.swapaxes(2, 3).astype(k.dtype) for x in turned)
+    return on_q, on_k, on_v, on_bias, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def mask_bias(visible: jax.Array) -> jax.Array:

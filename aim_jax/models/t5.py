@@ -117,17 +117,17 @@ def keys(config: Config) -> dict[str, str]:
 
 @functools.lru_cache
 def relative_buckets(
-    length: int, bidirectional: bool, buckets: int, max_distance: int
+    first: int, last: int, bidirectional: bool, buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Bucket (queries, keys) int32 of each relative position: exact when near, then log.
+    """Bucket, int32, of each distance of a key after its query: exact when near, then log.
 
-    Source: Raffel et al. 2020, section 2.1.
+    first, last: the distances. Source: Raffel et al. 2020, section 2.1.
     """
-    distance = np.arange(length)[None] - np.arange(length)[:, None]
-    first = np.zeros_like(distance)
+    distance = np.arange(first, last + 1)
+    side = np.zeros_like(distance)
     if bidirectional:
         buckets //= 2
-        first = np.where(distance > 0, buckets, 0)
+        side = np.where(distance > 0, buckets, 0)
         distance = np.abs(distance)
     else:
         distance = np.maximum(-distance, 0)
@@ -138,7 +138,7 @@ def relative_buckets(
         ratio / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)
     )
     far = np.minimum(exact + ratio.astype(np.int32), buckets - 1)
-    return (first + np.where(distance < exact, distance, far)).astype(np.int32)
+    return (side + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
 class RelativeBias(nn.Module):
@@ -155,9 +155,15 @@ class RelativeBias(nn.Module):
         c = self.config
         shape = (c.buckets, c.heads)
         weight = self.param("weight", nn.initializers.normal(0.1), shape)
-        table = relative_buckets(keys, self.bidirectional, c.buckets, c.max_distance)
-        table = table[keys - queries :]
-        return weight.astype(jnp.float32)[table].transpose(2, 0, 1)[None]
+        found = relative_buckets(
+            1 - keys, queries - 1, self.bidirectional, c.buckets, c.max_distance
+        )
+        by_distance = weight.astype(jnp.float32)[found].T
+
+        def row(first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(by_distance, first, keys, 1)
+
+        return jax.vmap(row, out_axes=1)(jnp.arange(queries)[::-1])[None]
 
 
 class Attention(nn.Module):
@@ -199,8 +205,8 @@ class Attention(nn.Module):
                     new,
                 )
             cache = new
-        dropout = layers.Dropout(c.dropout)
-        out = layers.attend(q_bhtd, *cache, bias, dropout)
+        key = layers.Dropout(c.dropout).key()
+        out = layers.attend(q_bhtd, *cache, bias, c.dropout, key)
         return dense("o", c.width)(layers.merge_heads(out)), cache
 
 
