@@ -151,13 +151,16 @@ def test_command_on_cpu_devices():
     assert moved == row["collective_bytes"] > 0
 
 
-@pytest.mark.parametrize("remat, more", [("none", 0), ("full", 0.5)])
+@pytest.mark.parametrize("remat, more", [("none", 0), ("full", 0.4)])
 def test_what_a_train_step_needs_and_computes_anew(remat, more):
-    """Of a step of 4 N, a forward pass of 2 N runs again where layers are recomputed."""
+    """Of a step of 4 N, a forward pass runs again where layers are recomputed.
+
+    That is 2 N but for each layer's last product, which backward does not ask for.
+    """
     cfg = config.load(
         "configs/quickstart.py",
         [f.removeprefix("--set=") for f in SMALL if "--set=" in f]
-        + [f"model.remat={remat}"],
+        + [f"model.remat={remat}", "lora.r=1"],  # a small part of so small a model
     )
     devices = parallel.open_devices(config.Parallel(mode="jit"))
     made = plan.programs(cfg, devices, 16, 4)["train"]()
