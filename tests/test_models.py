@@ -211,6 +211,40 @@ def test_dropout():
     assert not np.allclose(plain, dropped)
 
 
+@pytest.mark.parametrize("bias_shape", [(2, 1, 6, 7), (1, 4, 6, 7), (2, 1, 1, 7)])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_gradients_of_attention(bias_shape, rate):
+    """As those of the formula, of which nothing is told how to go backward."""
+    rng = np.random.default_rng(0)
+    kv_heads = 2 if bias_shape[1:3] == (1, 6) else 4
+    shapes = [(2, 4, 6, 8), (2, kv_heads, 7, 8), (2, kv_heads, 7, 8), bias_shape]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    target = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
+    key = jax.random.key(0) if rate else None
+
+    def formula(q, k, v, bias):
+        k, v = (jnp.repeat(x, 4 // kv_heads, axis=1) for x in (k, v))
+        weights = jax.nn.softmax(jnp.einsum("bhtd,bhsd->bhts", q, k) + bias)
+        if rate:
+            weights = layers.drop(weights, rate, key)
+        return jnp.einsum("bhts,bhsd->bhtd", weights, v)
+
+    def ours(q, k, v, bias):
+        return layers.attend(q, k, v, bias, rate, key)
+
+    expected, found = (
+        jax.value_and_grad(lambda *x, f=f: jnp.sum(target * f(*x)), (0, 1, 2, 3))(
+            *arrays
+        )
+        for f in (formula, ours)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        expected,
+        found,
+    )
+
+
 def test_dropped_places_are_independent_of_key_and_neighbours():
     keys = jax.random.split(jax.random.key(0), 300)
     kept = jax.jit(jax.vmap(lambda k: layers.drop(jnp.ones((32, 512)), 0.1, k)))(keys)
