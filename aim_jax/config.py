@@ -31,9 +31,7 @@ class Model:
     bits: int = 16  # of a frozen dense weight: 8 or 4 are integers with scales
     # What backward computes anew: nothing, whole layers (`full`), or all but `dots`.
     remat: str = "none"
-    attention: str = (
-        "xla"  # how a decoder computes it; `cudnn`: fused, on an NVIDIA GPU
-    )
+    attention: str = "xla"  # or `cudnn`: a decoder's, in one call on an NVIDIA GPU
 
 
 @dataclasses.dataclass(frozen=True)
