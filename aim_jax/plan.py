@@ -133,8 +133,6 @@ def describe(topology: str, cfg: config.Parallel) -> tuple[Chip, parallel.Device
             f"--topology {topology}: the kinds are {', '.join(CHIPS)}, as in v5e:2x4"
             " or h200:8"
         )
-    # Nothing runs; and a compiler whose devices are looked for in vain is forgotten.
-    jax.config.update("jax_platforms", "cpu")
     try:
         if kind in GPUS:
             found = topologies.get_topology_desc(
@@ -515,8 +513,9 @@ def main(argv: list[str]) -> None:
     with aim_jax.command(argv):
         cfg = config.load(flag.config or "", flag.set)
         how = dataclasses.replace(cfg.parallel, mode="jit")
+        # Nothing runs; and a compiler whose devices are looked for in vain is forgotten.
+        jax.config.update("jax_platforms", "cpu")
         if flag.devices:
-            jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", flag.devices)
             chip, devices = None, parallel.open_devices(how)
         else:

@@ -190,7 +190,7 @@ def test_bad_input_is_one_line(flags, message):
     reason="the GPU compiler is not installed (pip install 'jax[cuda12]')",
 )
 def test_gpus_that_need_not_be_there():
-    """Fused attention needs the same products and less memory; eight GPUs share a base."""
+    """No attention keeps scores, a fused one moves none; eight GPUs share a base."""
 
     def train(topology, attention="xla"):
         done = command(
@@ -206,7 +206,9 @@ def test_gpus_that_need_not_be_there():
 
     plain, fused, eight = train("h100:1"), train("h100:1", "cudnn"), train("h100:8")
     assert fused["needed_flops"] == pytest.approx(plain["needed_flops"], rel=1e-6)
-    assert fused["bytes"] < 0.9 * plain["bytes"]
+    # 25.8e9 where scores were kept.
+    assert fused["bytes"] <= plain["bytes"] < 22e9
+    assert fused["seconds"]["memory"] < 0.75 * plain["seconds"]["memory"]
     assert 7 < plain["needed_flops"] / eight["needed_flops"] <= 8
     assert eight["collective_bytes"] > plain["collective_bytes"] == 0
 
