@@ -29,8 +29,9 @@ class Model:
     dtype: str = "float32"
     dropout: float | None = None  # the model's own; None: as its config.json says
     bits: int = 16  # of a frozen dense weight: 8 or 4 are integers with scales
-    # What backward computes anew: nothing, whole layers (`full`), or all but `dots`.
-    remat: str = "none"
+    # What backward computes anew: nothing (`none`), whole layers (`full`), or what lies
+    # between products and attention (`dots`).
+    remat: str = "dots"
     attention: str = "xla"  # or `cudnn`: a decoder's, in one call on an NVIDIA GPU
 
 

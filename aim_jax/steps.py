@@ -15,6 +15,7 @@ import optax
 
 from aim_jax import config, lora, methods, parallel
 from aim_jax.data import batches
+from aim_jax.models import layers
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -137,7 +138,8 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return jnp.sum(losses * weights), jnp.sum(weights > 0)
 
     def key_of(state: State, axis: Axis) -> jax.Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.adam.count)
+        key = jax.random.wrap_key_data(state.key, impl=layers.HASH)
+        key = jax.random.fold_in(key, state.adam.count)
         return jax.random.fold_in(key, axis.index()) if axis else key
 
     def summed(f: Callable, zero: Tree, batch: Batch, axis: Axis) -> Tree:

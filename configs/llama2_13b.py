@@ -4,7 +4,8 @@ python -m aim_jax.main --config configs/llama2_13b.py --set data.root=DATA --wor
     [--set data.benchmark=long_sequence --set data.order=1]
 
 The base is the Hugging Face directory models/Llama-2-13b-chat-hf, or --set model.path=DIR. Weights
-are bfloat16 and activations are computed anew in the backward pass. The release has scripts
+are bfloat16 and layers are computed anew in the backward pass; where memory allows,
+--set model.remat=dots saves that fourth of the work. The release has scripts
 for T5 alone; these are their settings on the model's q_proj and v_proj.
 Time and score: not run yet.
 """

@@ -49,7 +49,7 @@ def write(folder, text):
         ("eval.fwt=True", True),
         ("eval.fwt=1", True),
         ("eval.fwt=0", False),
-        ("model.remat=dots", "dots"),
+        ("model.remat=full", "full"),
         ("model.path=/a/b=c", "/a/b=c"),
         ("model.path=none", "none"),
         ("data.root=none", None),

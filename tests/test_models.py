@@ -174,22 +174,27 @@ def test_window():
         assert (np.abs(found[0] - found[1]).max() < 1e-6) == same
 
 
-@pytest.mark.parametrize("name, remat", [("t5", "full"), ("gemma3", "dots")])
+@pytest.mark.parametrize(
+    "name, remat", [("t5", "full"), ("t5", "dots"), ("gemma3", "dots")]
+)
 def test_remat(name, remat):
-    """Recomputed layers give the same gradients."""
+    """Recomputed layers give the same gradients, with the same elements dropped."""
     opened = case(name)
-    again = hf.load(config.Model(path=opened.cfg.model.path, dropout=0.0, remat=remat))
+    kept, again = (
+        hf.load(config.Model(path=opened.cfg.model.path, dropout=0.3, remat=remat))
+        for remat in ("none", remat)
+    )
     leaves = batch(name, 3)
 
     def total(delta, model):
-        low = lora.bind(delta, opened.cfg.lora)
-        found = model.apply({"params": opened.base.params, "lora": low}, leaves)
-        return jnp.square(found).mean()
+        low = lora.bind(delta, config.Lora(r=2, dropout=0.5), train=True)
+        variables = {"params": opened.base.params, "lora": low}
+        return jnp.square(model.apply(variables, leaves, rngs=_rngs())).mean()
 
     gradient = jax.jit(jax.grad(total), static_argnums=1)
-    ours = parity.flat(opened, gradient(opened.delta, opened.base.model))
+    ours = parity.flat(opened, gradient(opened.delta, kept.model))
     theirs = parity.flat(opened, gradient(opened.delta, again.model))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert np.abs(ours - theirs).max() < 2e-6 * np.abs(ours).max()  # rounding
 
 
 def test_dropout():
@@ -246,7 +251,8 @@ def test_gradients_of_attention(bias_shape, rate):
 
 
 def test_dropped_places_are_independent_of_key_and_neighbours():
-    keys = jax.random.split(jax.random.key(0), 300)
+    chain = jax.random.fold_in(jax.random.key(0, impl=layers.HASH), 1)
+    keys = jax.random.split(chain, 300)
     kept = jax.jit(jax.vmap(lambda k: layers.drop(jnp.ones((32, 512)), 0.1, k)))(keys)
     assert set(np.unique(kept)) == {np.float32(0), np.float32(1 / 0.9)}
     kept = (np.asarray(kept).reshape(300, -1) > 0) - 0.9
@@ -262,11 +268,11 @@ def test_dropped_places_are_independent_of_key_and_neighbours():
 
 
 def _keys():
-    return jax.random.split(jax.random.key(0))
+    return jax.random.split(jax.random.key(0, impl=layers.HASH))
 
 
 def _rngs():
-    return {"dropout": jax.random.key(0)}
+    return {"dropout": _keys()[0]}
 
 
 # How releases before transformers 5 wrote the same settings.

@@ -151,7 +151,7 @@ def test_command_on_cpu_devices():
     assert moved == row["collective_bytes"] > 0
 
 
-@pytest.mark.parametrize("remat, more", [("none", 0), ("full", 0.4)])
+@pytest.mark.parametrize("remat, more", [("none", 0), ("dots", 0), ("full", 0.4)])
 def test_what_a_train_step_needs_and_computes_anew(remat, more):
     """Of a step of 4 N, a forward pass runs again where layers are recomputed.
 

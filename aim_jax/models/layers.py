@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -28,7 +30,7 @@ GROUP = 64  # inputs of a quantized weight that share a scale
 
 REMAT = {
     "full": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),
 }
 
 # Finite, so that a row without any visible position stays free of NaN.
@@ -65,13 +67,13 @@ class Dense(nn.Module):
             x = x.astype(a.dtype)
             if self.has_variable("lora", "rate") and self.has_rng("dropout"):
                 x = drop(x, self.get_variable("lora", "rate"), self.make_rng("dropout"))
-            x = jnp.einsum("...i,ri->...r", x, a)
+            x = checkpoint_name(jnp.einsum("...i,ri->...r", x, a), "product")
             y = y + jnp.einsum("...r,or->...o", x, b).astype(y.dtype)
             if self.has_variable("lora", "real"):
                 names = ("real", "on_a", "on_b")
                 real, on_a, on_b = (self.get_variable("lora", n) for n in names)
                 y = measure(y, x, real[:, -y.shape[1] :], on_a, on_b)
-        return y
+        return checkpoint_name(y, "product")
 
 
 def quantize(weight: jax.Array, bits: int) -> dict[str, jax.Array]:
@@ -149,19 +151,9 @@ class Dropout(nn.Module):
 
 
 def drop(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
-    """x with each element zeroed with probability `rate`, the others over 1 - rate.
-
-    An element's place is hashed with the key, which costs a quarter of the time of
-    threefry bits and a tenth of their compilation; and each device hashes its own places.
-    """
+    """x with each element zeroed with probability `rate`, the others over 1 - rate."""
     keep = 1 - rate
-    offset, salt = jax.random.key_data(key)
-    sizes = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
-    place = sum(
-        jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(size)
-        for axis, size in enumerate(sizes)
-    )
-    bits = _mix(_mix(place ^ offset) + salt)
+    bits = jax.random.bits(key, x.shape)
     # As a fraction of 24 bits, which float32 holds exactly.
     return jnp.where((bits >> 8) * np.float32(2**-24) < keep, x / keep, 0)
 
@@ -174,6 +166,45 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
+
+
+def _seed(seed: jax.Array) -> jax.Array:
+    start = jnp.array([0x9E3779B9, 0x85EBCA6B], jnp.uint32)  # _mix leaves 0 as it is
+    return _fold(start, seed.astype(jnp.uint32))
+
+
+def _fold(key: jax.Array, number: jax.Array) -> jax.Array:
+    first, second = key
+    first = _mix(_mix(first ^ number) + second)
+    return jnp.stack([first, _mix(_mix(second ^ number) + first)])
+
+
+def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    numbers = jnp.arange(math.prod(shape), dtype=jnp.uint32)
+    return jax.vmap(_fold, (None, 0))(key, numbers).reshape(*shape, 2)
+
+
+def _bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
+    assert width == 32
+    sizes = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    place = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(size)
+        for axis, size in enumerate(sizes)
+    )
+    return _mix(_mix(place ^ key[0]) + key[1])
+
+
+# Keys for dropout. A new key hashes an old one and a number, an element's bits hash its place
+# and the key: a quarter of the time of threefry and a tenth of its compilation, and each
+# device makes the bits of its own places.
+HASH = jax.extend.random.define_prng_impl(
+    key_shape=(2,),
+    seed=_seed,
+    split=_split,
+    random_bits=_bits,
+    fold_in=_fold,
+    name="hash",
+)
 
 
 class RMSNorm(nn.Module):
@@ -264,6 +295,7 @@ def attend(
     """
     b, h, t, d = q_bhtd.shape
     k, s = k_bksd.shape[1:3]
+    q_bhtd, k_bksd, v_bksd = checkpoint_name((q_bhtd, k_bksd, v_bksd), "product")
     if kernel == "cudnn" and t > 1:
         out = jax.nn.dot_product_attention(
             *(x.swapaxes(1, 2) for x in (q_bhtd, k_bksd, v_bksd)),
@@ -296,7 +328,8 @@ def _attend_forward(q, k, v, bias, rate, key):
         weights = drop(weights, rate, key)
     out = _product("bkts,bksd->bktd", weights.astype(v.dtype), v) / total
     out = out.astype(v.dtype)
-    return out, (q, k, v, bias, key, out, most + jnp.log(total))
+    out, total = checkpoint_name((out, most + jnp.log(total)), "product")
+    return out, (q, k, v, bias, key, out, total)
 
 
 def _attend_backward(rate, kept, grad):
@@ -361,7 +394,8 @@ def stack(
     """`layer` repeated `count` times by a scan: weights stacked on axis 0.
 
     The layer maps (x, cache slice, *shared arguments) to (x, new cache slice).
-    remat: `none`, `full`, or `dots`, which keeps the products with weights.
+    remat: what backward computes anew: `none`; `full`, the layer; `dots`, what lies between
+    products with weights and attention, whose results are kept.
     """
     if remat != "none":
         layer = nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
