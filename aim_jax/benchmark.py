@@ -166,7 +166,9 @@ def plain(
         cfg=cfg,
         stream=[None, None],
         base=base,
-        text=batches.Text(tokenizer, kind, data, devices.count),
+        text=batches.Text(
+            tokenizer, kind, data, devices.count, device_rows=devices.rows
+        ),
         devices=devices,
         steps=jobs.compile_steps(base, cfg, devices, method),
         decode=evaluate.greedy(base.model, eos, cfg, devices),

@@ -52,7 +52,8 @@ class Data:
     max_test_input: int = 8192  # beyond any row of the published benchmarks
     buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 576, 768, 1024)
     target_buckets: tuple[int, ...] = (8, 32, 128)
-    device_rows: int = 8  # that a device takes at once, of like lengths
+    # That a device takes at once, of like lengths; None: 4 on a CPU, 8 elsewhere.
+    device_rows: int | None = None
     pack: bool = True  # examples share a row that has room for them
 
 

@@ -95,7 +95,13 @@ def load_model(cfg: config.Config) -> Loaded:
     eos = tokenizer.eos_token_id
     return Loaded(
         base=base,
-        text=batches.Text(tokenizer, base.family.KIND, cfg.data, devices.count),
+        text=batches.Text(
+            tokenizer,
+            base.family.KIND,
+            cfg.data,
+            count=devices.count,
+            device_rows=devices.rows,
+        ),
         devices=devices,
         steps=compiled,
         plain=plain,

@@ -57,6 +57,11 @@ class Devices(NamedTuple):
         return SHARDS if self.mode == "exact" else self.mesh.shape[AXIS]
 
     @property
+    def rows(self) -> int:
+        """Rows that a device takes at once where `data.device_rows` says nothing."""
+        return 4 if self.mesh.devices.flat[0].platform == "cpu" else 8
+
+    @property
     def replicated(self) -> jax.sharding.Sharding:
         """The sharding of what every device holds whole; in mode exact, the first."""
         if self.mode == "exact":

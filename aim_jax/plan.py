@@ -207,7 +207,9 @@ def programs(
     inputs = length - target if family.KIND == "encdec" else length
     # Every row is that long.
     data = dataclasses.replace(cfg.data, buckets=(inputs,), target_buckets=(target,))
-    text = batches.Text(None, family.KIND, data, devices.count, inputs)
+    text = batches.Text(
+        None, family.KIND, data, devices.count, inputs, device_rows=devices.rows
+    )
     example = batches.Example("", np.zeros(length - target), np.zeros(target))
     pure = steps.make(model, dataclasses.replace(cfg, data=data), methods.Method())
 

@@ -4,8 +4,9 @@ python -m aim_jax.main --config configs/llama2_7b.py --set data.root=DATA --work
     [--set data.benchmark=long_sequence --set data.order=1]
 
 The base is the Hugging Face directory models/Llama-2-7b-chat-hf, or --set model.path=DIR. Weights
-are bfloat16; a step of 512 tokens takes 26 GB: on chips with less, --set model.remat=full. The release has scripts for T5 alone; these are their
-settings on the model's q_proj and v_proj.
+are bfloat16; a step takes 26 GB with rows of 512 tokens: on chips with less,
+--set model.remat=full. The release has scripts for T5 alone; these are their settings on the
+model's q_proj and v_proj.
 Time and score: not run yet.
 """
 

@@ -123,6 +123,9 @@ def test_rows_are_sorted_into_parts_longest_first():
     assert batch["weights"].sum(-1).tolist() == [[4, 2], [1, 0]]
     # Two devices take two rows each.
     assert batches.collate(parts._replace(count=2), micros, 2)["inputs"].shape[1] == 4
+    # Where the config says nothing, as many as suit the device.
+    suited = text()._replace(device_rows=3)
+    assert batches.collate(suited, micros, 2)["inputs"].shape[1] == 3
 
 
 def packed(kind="encdec", **changes):

@@ -242,6 +242,12 @@ def test_mode_is_chosen_by_devices_and_memory():
     assert (opened(4).count, opened(4, tensor=2).count) == (4, 2)
 
 
+@pytest.mark.parametrize("platform, rows", [("cpu", 4), ("gpu", 8)])
+def test_rows_that_suit_a_device(monkeypatch, platform, rows):
+    monkeypatch.setattr(Chip, "platform", platform)
+    assert opened(2).rows == rows
+
+
 @pytest.mark.parametrize(
     "count, changes, named",
     [

@@ -37,7 +37,7 @@ class Text(NamedTuple):
     tokenizer: a Hugging Face tokenizer; kind: `encdec` or `decoder`
     (`aim_jax.models`); data: lengths and buckets; count: rows are padded to a multiple
     of it (the number of devices); longest: every batch has room for inputs so long, so
-    that all have one shape.
+    that all have one shape; device_rows: where the data's is None.
     """
 
     tokenizer: Any
@@ -45,6 +45,7 @@ class Text(NamedTuple):
     data: config.Data
     count: int = 1
     longest: int = 0
+    device_rows: int = 8
 
 
 def tokenizer(folder: pathlib.Path) -> Any:
@@ -175,7 +176,8 @@ def _arrange(
     if text.kind == "decoder":
         length = max(length, width)  # the last `width` positions predict the targets
     length = bucket(length, buckets)
-    shape = parts(rows, text.data.device_rows, text.count)
+    at_once = text.data.device_rows or text.device_rows
+    shape = parts(rows, at_once, text.count)
     share = share and text.data.pack and shape[0] > 1
     batch = {
         "inputs": np.zeros((*shape, length), np.int32),
