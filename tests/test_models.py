@@ -194,7 +194,8 @@ def test_remat(name, remat):
     gradient = jax.jit(jax.grad(total), static_argnums=1)
     ours = parity.flat(opened, gradient(opened.delta, kept.model))
     theirs = parity.flat(opened, gradient(opened.delta, again.model))
-    assert np.abs(ours - theirs).max() < 2e-6 * np.abs(ours).max()  # rounding
+    # Rounding, which differs between compilers by several of 1e-6.
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(ours).max()
 
 
 def test_dropout():
