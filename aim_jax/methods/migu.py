@@ -58,7 +58,7 @@ def make(options: Options) -> methods.Method:
 def noise(state, magnitudes):
     """Uniform numbers in place of `magnitudes`, others in each step."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.adam.count)
-    # The same key folded with the numbers of micro-batches gives the dropout.
+    # A number that nothing else is drawn by.
     key = jax.random.fold_in(key, 2**31)
     leaves, treedef = jax.tree.flatten(magnitudes)
     keys = jax.random.split(key, len(leaves))
