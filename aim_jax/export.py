@@ -11,7 +11,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,9 +55,17 @@ def peft(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
 def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
     """Write the base with the adapter `source` folded in, in the type of `model.dtype`.
 
-    Beside the weights go config and tokenizer files of the base.
+    Beside the weights go config and tokenizer files of the base. Raises InputError if it is
+    not the base that the run of the adapter began with.
     """
     base = hf.load(dataclasses.replace(cfg.model, bits=16))
+    results = source.parents[1] / "results.json"
+    began = json.loads(results.read_text())["model"] if results.is_file() else None
+    if began not in (None, base.fingerprint):
+        raise aim_jax.InputError(
+            f"model.path '{cfg.model.path}': its files have changed since the run began;"
+            " its adapters are for those of then"
+        )
     delta, settings = hf.load_adapter(source, base.params, base.keys)
     hf.save(out, lora.fold(base.params, delta, settings), base.keys)
     folder = hf.directory(cfg.model.path)
@@ -98,14 +105,11 @@ def command(needed: Sequence[str], make: Callable[[pathlib.Path], None]) -> None
     values = flags.FLAGS
     # Weights are taken apart and written: no work for an accelerator, nor for its memory.
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with aim_jax.command(()):
         for name in (*needed, "out"):
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
         make(pathlib.Path(values.out))
-    except aim_jax.InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     print(values.out)
 
 

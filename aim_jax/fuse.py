@@ -34,7 +34,7 @@ def fuse(
     """Merge the adapters in `folders` into the new folder `out`.
 
     Raises InputError, before anything is written, for adapters that cannot be read or are
-    not finite, and for those that do not go together, naming file and tensor.
+    not finite, and for those that do not go together, naming adapter and tensor.
     """
     if not folders:
         raise aim_jax.InputError("no adapters; name the folders of one or more")
@@ -44,7 +44,7 @@ def fuse(
             f"--rank {rank}: must be at least 1, and is for --space product alone"
         )
     deltas, settings, configs = zip(*map(hf.read_adapter, folders), strict=True)
-    for folder, delta, cfg in zip(folders, deltas, configs, strict=True):
+    for folder, cfg in zip(folders, configs, strict=True):
         for what, ours, first in (
             ("r", cfg.r, configs[0].r),
             ("alpha / r", lora.scale(cfg), lora.scale(configs[0])),
@@ -54,8 +54,7 @@ def fuse(
                     f"{folder}: {what} is {ours:g}, but {first:g} in {folders[0]};"
                     " --space product merges such"
                 )
-        _check_alike(folder, delta, folders[0], deltas[0], rule.space == "product")
-    fishers = _fishers(folders, deltas) if rule.name == "fisher" else None
+    fishers = _fishers(folders) if rule.name == "fisher" else None
     rank = rank or max(cfg.r for cfg in configs)
     scale = lora.scale(dataclasses.replace(configs[0], r=rank))
     # B takes up what its scale is beyond that of the result.
@@ -63,9 +62,11 @@ def fuse(
     deltas = [_times(d, m) for d, m in zip(deltas, more, strict=True)]
     if fishers:
         fishers = [_times(f, m**-2) for f, m in zip(fishers, more, strict=True)]
-    merged = fusion.merge(deltas, rule, weights, fishers, rank)
+    merged = fusion.merge(
+        deltas, rule, weights, fishers, rank, [str(f) for f in folders]
+    )
     tensors = {
-        f"{module}.lora_{side.upper()}.weight": np.asarray(value)
+        _name(module, side): np.asarray(value)
         for module, sides in merged.items()
         for side, value in sides.items()
     }
@@ -77,14 +78,11 @@ def _times(delta: dict[str, Any], more: float) -> dict[str, Any]:
     return {m: {"a": x["a"], "b": np.float32(more) * x["b"]} for m, x in delta.items()}
 
 
-def _fishers(
-    folders: Sequence[pathlib.Path], deltas: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _fishers(folders: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
     """The squared gradients beside each adapter."""
     fishers = []
-    for folder, delta in zip(folders, deltas, strict=True):
+    for folder in folders:
         found, _, _ = hf.read_adapter(folder, FISHER)
-        _check_alike(folder / FISHER, found, folder, delta, False)
         for module, sides in found.items():
             for side, value in sides.items():
                 if (value < 0).any():
@@ -94,37 +92,6 @@ def _fishers(
                     )
         fishers.append(found)
     return fishers
-
-
-def _check_alike(
-    folder: pathlib.Path,
-    delta: dict[str, Any],
-    first: pathlib.Path,
-    theirs: dict[str, Any],
-    ranks: bool,
-) -> None:
-    """Raise InputError unless the tensors of two adapters go together.
-
-    ranks: whether their ranks may differ.
-    """
-    for module in sorted(delta.keys() ^ theirs.keys()):
-        lacks, has = (folder, first) if module in theirs else (first, folder)
-        raise aim_jax.InputError(f"{lacks}: no {_name(module, 'a')}, which {has} has")
-    for module, sides in delta.items():
-        for side, value in sides.items():
-            shape, other = value.shape, theirs[module][side].shape
-            if ranks:
-                axis = 0 if side == "a" else 1
-                shape, other = (s[:axis] + s[axis + 1 :] for s in (shape, other))
-            if shape != other:
-                cure = "; --space product merges adapters of other ranks"
-                same = (
-                    value.shape[side == "a"] == theirs[module][side].shape[side == "a"]
-                )
-                raise aim_jax.InputError(
-                    f"{folder}: {_name(module, side)} is {value.shape}, but"
-                    f" {theirs[module][side].shape} in {first}{cure if same else ''}"
-                )
 
 
 def _name(module: str, side: str) -> str:

@@ -178,22 +178,24 @@ def merge(
     weights: Sequence[float] | None = None,
     fishers: Sequence[Tree] | None = None,
     rank: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> Tree:
     """One adapter made of `deltas` by `rule`; a single one of weight 1 is itself.
 
     weights: one an adapter, 1 where not given. fishers: for the rule `fisher`, trees of
     mean squared gradients shaped as the deltas. rank: of the result in product space, the
-    largest one where not given; there the adapters' ranks may differ. ema and slao take
-    the adapters in their order, as `ema` and `slao` do one by one (in product space both
-    are weighted averages of products). Of a single adapter nothing is trimmed or dropped,
-    and its scale is 1 unless set: nothing interferes. Raises InputError for shapes that
-    differ and values that are not finite, naming adapter and path, and for weights that a
-    rule cannot take. All work is in functions jitted once for all modules of a shape; this
-    one reads values on the host, so it is not to be jitted itself.
+    largest one where not given; there the adapters' ranks may differ. names: what errors
+    call the adapters. ema and slao take the adapters in their order, as `ema` and `slao` do
+    one by one (in product space both are weighted averages of products). Of a single
+    adapter nothing is trimmed or dropped, and its scale is 1 unless set: nothing
+    interferes. Raises InputError for shapes that differ and values that are not finite,
+    naming adapter and path, and for weights that a rule cannot take. All work is in
+    functions jitted once for all modules of a shape; this one reads values on the host, so
+    it is not to be jitted itself.
     """
     count = len(deltas)
     weights = [1.0] * count if weights is None else [float(w) for w in weights]
-    _check(deltas, rule, weights, fishers)
+    _check(deltas, rule, weights, fishers, names)
     scale = rule.scale
     if scale is None:
         scale = 1.0 if count == 1 else SCALES.get(rule.name, 1.0)
@@ -294,7 +296,8 @@ def opcm_step(
         return normaliser * old + clean(old, task)
 
     sums = [total(old, task) for old, task in zip(merged, new, strict=True)]
-    following = optax.tree.norm(sums) / norm
+    # Where nothing has moved yet, nothing is divided.
+    following = jnp.where(norm > 0, optax.tree.norm(sums) / norm, 1)
     return [x / following for x in sums], following
 
 
@@ -545,6 +548,14 @@ def check(rule: Rule) -> None:
             )
     if not 0 < rule.density <= 1:
         raise aim_jax.InputError(f"density {rule.density} must be above 0, at most 1")
+    if not 0 < rule.fisher_floor < math.inf:
+        raise aim_jax.InputError(f"fisher_floor {rule.fisher_floor} must be above 0")
+    unrooted = ("ema", "slao", "opcm")
+    if rule.roots and (rule.space == "product" or rule.name in unrooted):
+        raise aim_jax.InputError(
+            "roots: square roots of weights are for space factor, and there not for"
+            f" {', '.join(unrooted)}"
+        )
     if rule.scale is not None and not math.isfinite(rule.scale):
         raise aim_jax.InputError(f"scale {rule.scale} must be finite")
     for field in ("decay", "split"):
@@ -558,6 +569,7 @@ def _check(
     rule: Rule,
     weights: list[float],
     fishers: Sequence[Tree] | None,
+    names: Sequence[str] | None,
 ) -> None:
     """Raise InputError for what `merge` cannot merge."""
     check(rule)
@@ -576,35 +588,43 @@ def _check(
         )
     if rule.name == "fisher" and len(fishers or ()) != len(deltas):
         raise aim_jax.InputError("fisher needs the squared gradients of every adapter")
-    for number, delta in enumerate(deltas):
-        where = f"adapter {number + 1} of {len(deltas)}"
-        _check_tree(where, delta, deltas[0], rule.space == "product")
+    count = len(deltas)
+    names = names or [f"adapter {number} of {count}" for number in range(1, count + 1)]
+    for number, (name, delta) in enumerate(zip(names, deltas, strict=True)):
+        _check_tree(name, delta, names[0], deltas[0], rule.space == "product")
         if rule.name == "fisher":
-            _check_tree(f"fisher of {where}", fishers[number], delta, False)
+            _check_tree(f"fisher of {name}", fishers[number], name, delta, False)
 
 
-def _check_tree(where: str, tree: Tree, like: Tree, ranks: bool) -> None:
+def _check_tree(name: str, tree: Tree, other: str, like: Tree, ranks: bool) -> None:
     """Raise InputError for shapes that are not those of `like`, and infinite values.
 
-    ranks: whether a rank of its own is as good.
+    name, other: what the trees are called; ranks: whether a rank of its own is as good.
     """
 
-    def shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    def shapes(tree: Tree) -> dict[str, list]:
         found = {path: list(x.shape) for path, x in _leaves(tree)}
         for path, shape in found.items():
             if ranks:
-                shape[-2 if path.endswith("a") else -1] = 0
+                shape[-2 if path.endswith("a") else -1] = "r"
         return found
 
     ours, theirs = shapes(tree), shapes(like)
-    for path in sorted(ours.keys() | theirs.keys()):
-        if ours.get(path) != theirs.get(path):
+    for path in sorted(ours.keys() ^ theirs.keys()):
+        lacks, has = (name, other) if path in theirs else (other, name)
+        raise aim_jax.InputError(f"{lacks}: no {path}, which {has} has")
+    for path, shape in ours.items():
+        if shape != theirs[path]:
             raise aim_jax.InputError(
-                f"{where}: {path} is {ours.get(path)}, not {theirs.get(path)}"
+                f"{name}: {path} is {_text(shape)}, but {_text(theirs[path])} in {other}"
             )
     for path, good in _leaves(jax.device_get(_finite(tree))):
         if not good:
-            raise aim_jax.InputError(f"{where}: values that are not finite in {path}")
+            raise aim_jax.InputError(f"{name}: values that are not finite in {path}")
+
+
+def _text(shape: list) -> str:
+    return f"({', '.join(map(str, shape))})"
 
 
 def _leaves(tree: Tree) -> list[tuple[str, Any]]:

@@ -64,6 +64,19 @@ def test_merged(workdir, tmp_path):
     assert written["torch_dtype"] == "float32" and "dtype" not in written
 
 
+def test_merged_needs_the_base_of_the_run(workdir, tmp_path):
+    base = hf.load(config.Model(path=str(SOURCE)))
+    results = workdir / "results.json"
+    results.write_text(json.dumps({"model": base.fingerprint}))
+    export.write(workdir, "merged", tmp_path / "out", "yelp")
+    results.write_text(json.dumps({"model": "another"}))
+    with pytest.raises(
+        aim_jax.InputError, match="its files have changed since the run"
+    ):
+        export.write(workdir, "merged", tmp_path / "again", "yelp")
+    assert not (tmp_path / "again").exists()
+
+
 def test_merged_in_bfloat16(workdir, tmp_path):
     """The type of the run's base is that of the merged model."""
     file = workdir / "config.json"
@@ -110,6 +123,8 @@ def test_command(workdir, tmp_path):
     assert (out / "model.safetensors").is_file()
     failed = call("--format", "peft", "--out", str(tmp_path / "b"), "--task", "c")
     assert failed.returncode == 2
-    assert failed.stderr == "--task: no adapter after 'c'; there are sst-2, yelp\n"
+    assert (
+        failed.stderr == "error: --task: no adapter after 'c'; there are sst-2, yelp\n"
+    )
     failed = call("--format", "peft")
     assert failed.returncode == 2 and "--out is missing" in failed.stderr

@@ -16,7 +16,8 @@ from aim_jax import fuse, fusion
 
 BASE = make_models.FOLDER / "gemma3"
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+PATH = "base_model.model.model.layers.0.self_attn.q_proj/a"
+NAME = PATH.replace("/a", ".lora_A.weight")
 # PEFT asks for an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 
@@ -125,7 +126,7 @@ def test_fisher(tmp_path):
         (
             {},
             {NAME: np.zeros((2, 5), np.float32)},
-            rf"/b: {NAME} is \(2, 5\), but \(2, ",
+            rf"/b: {PATH} is \(2, 5\), but \(2, ",
         ),
         (
             {},
@@ -141,7 +142,7 @@ def test_fisher(tmp_path):
         (
             {},
             {NAME: None, NAME.replace("lora_A", "lora_B"): None},
-            f"/b: no {NAME}, which .*/a has",
+            f"/b: no {PATH}, which .*/a has",
         ),
         (
             {},
@@ -177,9 +178,9 @@ def test_command(tmp_path):
         np.testing.assert_allclose(value, 0.5 * (a[name] - 2 * b[name]), atol=1e-6)
     failed = call("--method", "ties", *folders, "--out", out)
     assert failed.returncode == 2
-    assert failed.stderr == f"--out {out} is not empty; give a new folder\n"
+    assert failed.stderr == f"error: --out {out} is not empty; give a new folder\n"
     failed = call("--method", "ties", "--weights", "1,x", *folders, "--out", out + "2")
-    assert failed.stderr == "--weights: 'x' is no number\n"
+    assert failed.stderr == "error: --weights: 'x' is no number\n"
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -371,6 +371,13 @@ def test_opcm(space):
     close(merged, running, space, 1e-4)
 
 
+@pytest.mark.parametrize("space", fusion.SPACES)
+def test_opcm_of_adapters_that_have_not_moved(space):
+    still = jax.tree.map(jnp.zeros_like, adapter(0))
+    merged = fusion.merge([still, still], fusion.Rule("opcm", space))
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(merged))
+
+
 def test_ema():
     old, new = adapter(0), adapter(1)
     found = fusion.ema(old, new, 0.9)
@@ -448,11 +455,11 @@ def test_values_that_are_not_finite(value):
 @pytest.mark.parametrize("space", fusion.SPACES)
 def test_shapes_that_differ(space):
     trees = [adapter(0), adapter(1, width=5)]
-    with pytest.raises(aim_jax.InputError, match="adapter 2 of 2: last/v/a is .*, not"):
+    with pytest.raises(aim_jax.InputError, match="adapter 2 of 2: last/v/a is .*, but"):
         fusion.merge(trees, fusion.Rule("linear", space))
     del trees[1]["last"]
     with pytest.raises(
-        aim_jax.InputError, match="adapter 2 of 2: last/v/a is None, not"
+        aim_jax.InputError, match="adapter 2 of 2: no last/v/a, which adapter 1"
     ):
         fusion.merge(trees, fusion.Rule("linear", space))
 
@@ -478,6 +485,17 @@ def test_shapes_that_differ(space):
         (fusion.Rule("ema", decay=1.1), None, "decay 1.1 must be at least 0"),
         (fusion.Rule("slao"), (1, 2), "slao weighs by order; it takes no weights"),
         (fusion.Rule("fisher"), None, "fisher needs the squared gradients"),
+        (
+            fusion.Rule("fisher", fisher_floor=0.0),
+            None,
+            "fisher_floor 0.0 must be above",
+        ),
+        (fusion.Rule("ema", roots=True), None, "roots: .* not for ema"),
+        (
+            fusion.Rule("ties", "product", roots=True),
+            None,
+            "roots: .* space factor",
+        ),
     ],
 )
 def test_what_cannot_be_merged(rule, weights, words):

@@ -335,6 +335,8 @@ def test_config_of_earlier_releases(name):
     ("name", "change", "words"),
     [
         ("llama3", {"model_type": "mamba"}, "'mamba'.*gemma3_text, llama, mistral"),
+        ("llama3", {"rope_parameters": "linear"}, "not what transformers writes there"),
+        ("t5", {"feed_forward_proj": None}, "not what transformers writes there"),
         ("llama3", {"attention_bias": True}, "attention_bias True"),
         ("llama3", {"mlp_bias": True}, "mlp_bias True"),
         ("llama3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),

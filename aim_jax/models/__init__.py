@@ -12,8 +12,8 @@ A family is a module of this folder with
     RULES                 (pattern of a path, spec over the axes `data` and `tensor`), how
                           `parallel` splits the weights
 
-and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool and `targets`
-(b, k) int32,
+and its Model offers, on a batch of `inputs` (b, s) int32, `mask` (b, s) bool, `targets`
+(b, k) int32 and their float32 `weights`, 0 for padding,
 
     __call__(batch) -> float32 logits (b, k, v), those that predict `targets`
     prefill(batch, length, index) -> (float32 logits (b, v) of the first new token, cache)
@@ -27,7 +27,9 @@ where `length` new tokens at most fit the cache. It holds keys and values (..., 
 the next token's keys and values are written to. It is the same for all rows and goes
 round, so that rows of any age can share a cache. For an `encdec` family `inputs` feed the
 encoder. For a `decoder` family rows are right-aligned: `inputs` are prompt and answer
-without the last token, and the last k positions predict `targets`.
+without the last token, and the last k positions predict `targets`. Where examples share
+rows, `segments` (b, s) tells from 1 whose each token is, and to an `encdec` family `owners`
+(b, k) whose each target is: a token sees its own example alone.
 
 Layers that a scan repeats are stacked on axis 0 under a path part `layers`; a layer that
 stands alone is `last`. Only their dense layers can have a delta.

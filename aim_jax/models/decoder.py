@@ -392,13 +392,8 @@ class Model(nn.Module):
         mask = batch["mask"]
         shared = self._whole(mask)
         logits, new = self._advance(batch["inputs"], shared, 1, caching=True)
-        room = [(0, 0, 0), (0, length, 0), (0, 0, 0)]
-
-        def grow(kv: jax.Array) -> jax.Array:
-            return jax.lax.pad(kv, kv.dtype.type(0), [(0, 0, 0)] * (kv.ndim - 3) + room)
-
         cache = {
-            **jax.tree.map(grow, new),
+            **jax.tree.map(lambda kv: layers.widen(kv, 0, -2, length), new),
             "mask": mask,
             "written": jnp.zeros(len(mask), jnp.int32),
             "index": jnp.asarray(index, jnp.int32),

@@ -63,6 +63,11 @@ class Base(NamedTuple):
     keys: dict[str, str]
     fingerprint: str
 
+    @property
+    def embedding(self) -> jax.Array:
+        """The token embeddings (v, i)."""
+        return flatten(self.params)[self.family.EMBEDDING]
+
 
 def directory(path: str) -> pathlib.Path:
     """The folder of a `model.path`: the embedded model, a local directory or a hub id's.
@@ -209,15 +214,25 @@ def read_config(folder: pathlib.Path) -> tuple[ModuleType, Any]:
     family = models.family(data.get("model_type", "none"))
     try:
         return family, family.config_from_hf(data)
+    except aim_jax.InputError:
+        raise
     except KeyError as error:
         raise aim_jax.InputError(f"{file}: no field {error}") from None
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise aim_jax.InputError(
+            f"{file}: a field is not what transformers writes there: {error}"
+        ) from error
 
 
 def abstract(model: Any) -> dict[str, Any]:
     """Shapes of a model's base tree; nothing is allocated."""
-    row = jnp.zeros((1, 2), jnp.int32)
-    batch = {"inputs": row, "mask": row > 0, "targets": row[:, :1]}
-    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+    def made() -> dict[str, Any]:
+        row = jnp.zeros((1, 2), jnp.int32)
+        batch = {"inputs": row, "mask": row > 0, "targets": row[:, :1]}
+        return model.init(jax.random.key(0), batch)["params"]
+
+    return jax.eval_shape(made)
 
 
 def save(
@@ -347,6 +362,8 @@ def read_adapter(
         if not np.isfinite(value).all():
             raise aim_jax.InputError(f"{where}: values that are not finite in {name}")
         modules.setdefault(found[1], {})[side] = value
+    if not modules:
+        raise aim_jax.InputError(f"{where}: no tensors")
     for module, sides in modules.items():
         for side in {"a", "b"} - sides.keys():
             raise aim_jax.InputError(
@@ -443,8 +460,8 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
         )
     target = data.get("target_modules") or ()
     try:
-        return config.Lora(
-            r=data["r"],
+        found = config.Lora(
+            r=int(data["r"]),
             alpha=float(data["lora_alpha"]),
             dropout=float(data.get("lora_dropout", 0.0)),
             target=(target,) if isinstance(target, str) else tuple(sorted(target)),
@@ -452,6 +469,16 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
         )
     except KeyError as error:
         raise aim_jax.InputError(f"{file}: no field {error}") from None
+    except (TypeError, ValueError) as error:
+        raise aim_jax.InputError(
+            f"{file}: a field is not what PEFT writes there: {error}"
+        ) from None
+    if found.r < 1 or not found.alpha:
+        raise aim_jax.InputError(
+            f"{file}: r is {found.r} and lora_alpha {found.alpha:g}; such an adapter does"
+            " nothing"
+        )
+    return found
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,8 @@ keys = decoder.keys
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Config of a parsed config.json. Raises InputError for what is not supported."""
-    window = hf.get("sliding_window") if hf["model_type"] == "mistral" else None
+    # Where the file leaves it out, Mistral's is that of its class in transformers.
+    window = hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None
     turn = decoder.frequencies(decoder.rope(hf), decoder.head_width(hf))
     return decoder.config_from_hf(
         hf,

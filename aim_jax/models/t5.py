@@ -311,6 +311,13 @@ class Stack(nn.Module):
         return dropout(layers.RMSNorm(c.eps, name="norm")(x)), cache
 
 
+def _inputs_seen(batch: dict[str, jax.Array], numbers: jax.Array | None) -> jax.Array:
+    """The inputs that positions of the segments `numbers` (b, t), or all of a row, see."""
+    if numbers is None:
+        return batch["mask"][:, None, None]
+    return layers.same(numbers, batch["segments"])
+
+
 class Model(nn.Module):
     """T5 for conditional generation."""
 
@@ -326,9 +333,7 @@ class Model(nn.Module):
 
     def encode(self, batch: dict[str, jax.Array]) -> jax.Array:
         """Encoder output (b, s, i)."""
-        visible = batch["mask"][:, None, None]
-        if "segments" in batch:
-            visible = layers.same(batch["segments"], batch["segments"])
+        visible = _inputs_seen(batch, batch.get("segments"))
         return self.encoder(self.shared(batch["inputs"]), None, visible)[0]
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -345,18 +350,16 @@ class Model(nn.Module):
         tokens = jnp.concatenate([start, targets[:, :-1]], axis=1)
         length = tokens.shape[1]
         causal = np.tril(np.ones((1, 1, length, length), bool))
-        visible = batch["mask"][:, None, None]
-        if "owners" in batch:
-            owners = batch["owners"]
+        owners = batch.get("owners")
+        if owners is not None:
             begins = jnp.diff(owners, axis=1, prepend=0) != 0
             tokens = jnp.where(begins, self.config.start, tokens)
             causal = causal & layers.same(owners, owners)
-            visible = layers.same(owners, batch["segments"])
         x, _ = self.decoder(
             self.shared(tokens),
             self.encode(batch),
             causal,
-            visible,
+            _inputs_seen(batch, owners),
         )
         return self.logits(x)
 
