@@ -64,6 +64,12 @@ def test_an_instruction_apart_is_joined_to_the_input(tmp_path):
     assert found.splits["test"][0]["input"] == "Do:\ntest 0"
 
 
+def test_an_input_that_is_no_text_is_named(tmp_path):
+    plain(tmp_path)
+    write(tmp_path / "dev/a.json", [{"input": None, "output": "o"}])
+    assert "row 0: the input must be a string, not null" in message("release", tmp_path)
+
+
 def test_metrics_of_a_folder_of_ones_own_are_kept(tmp_path):
     write(plain(tmp_path) / "tasks.json", {"a": "rouge_l"})
     assert read("release", tmp_path, "a").metric == "rouge_l"
@@ -280,7 +286,7 @@ def test_superni_never_splits_an_input(tmp_path):
     found = read("superni", tmp_path, "task7")
     assert found.repeated == 40
     assert sizes(found) == (32, 4, 4)
-    keys = {sources.key(row) for rows in found.splits.values() for row in rows}
+    keys = {tasks.key(row) for rows in found.splits.values() for row in rows}
     assert len(keys) == 40
 
 
@@ -401,6 +407,28 @@ def test_hub_reads_json_with_nested_fields(tmp_path, datasets):
     assert read("hub", source, "a").splits["dev"] == [
         {"id": "a_dev_0", "input": "3: Who?", "output": "Ann"}
     ]
+
+
+def test_hub_labels_of_a_column_with_gaps(tmp_path, datasets):
+    """A missing number makes the others of its column floats."""
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,1\nb,\nc,0\n")
+    fields = {
+        "path": "csv",
+        "data_files": {s: str(tmp_path / f"{s}.csv") for s in ("train", "dev", "test")},
+        "splits": {"dev": "dev"},
+        "input": "{text}",
+        "output": "{label}",
+    }
+    source = spec(tmp_path, **fields, labels=["bad", "good"])
+    rows = read("hub", source, "a").splits["train"]
+    found = {row["input"]: row["output"] for row in rows}
+    assert found == {"a": "good", "b": "", "c": "bad"}
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,fine\n")
+    assert "label 'fine' has no name; there are 2: bad, good" in message(
+        "hub", spec(tmp_path, **fields, labels=["bad", "good"])
+    )
 
 
 def test_hub_names_what_does_not_fit(tmp_path, datasets):

@@ -6,7 +6,7 @@ writes `DIR/{train,dev,test}/TASK.json`, `DIR/tasks.json` (metrics) and `DIR/rep
 and `--set data.root=DIR` reads them. Layouts: `release` (folders of the PyTorch release, or
 any that `data.root` reads), `cl_benchmark` (O-LoRA's CL_Benchmark), `superni`
 (Super-NaturalInstructions task files) and `hub` (Hugging Face datasets, by a JSON file).
-docs/benchmarks.md has an example of each.
+docs/benchmarks.md describes each.
 """
 
 import collections
@@ -86,7 +86,7 @@ def survey(splits: sources.Splits) -> dict[str, Any]:
     smaller split's inputs. Labels have the most frequent first, fifty at most; the unseen
     ones are those that train lacks.
     """
-    inputs = {s: {sources.key(row) for row in rows} for s, rows in splits.items()}
+    inputs = {s: {tasks.key(row) for row in rows} for s, rows in splits.items()}
     counts = {s: collections.Counter(r["output"] for r in splits[s]) for s in splits}
     shared = {}
     for pair in PAIRS:
@@ -130,8 +130,8 @@ def drop(
             splits = {s: sources.first(rows) for s, rows in splits.items()}
         else:
             a, b = way.split("/")
-            taken = {sources.key(row) for row in splits[b]}
-            kept = [row for row in splits[a] if sources.key(row) not in taken]
+            taken = {tasks.key(row) for row in splits[b]}
+            kept = [row for row in splits[a] if tasks.key(row) not in taken]
             splits = splits | {a: kept}
         dropped[way] = before - sum(map(len, splits.values()))
     for split in ("train", "test"):
@@ -167,7 +167,7 @@ def table(report: Mapping[str, Any]) -> str:
                 notes.append(f"{name}: {x['unlabelled']} {split} rows have no label")
             if x["unseen_labels"] and entry["metric"] == "exact":
                 unseen = [f"'{k}' ({n})" for k, n in x["unseen_labels"].items()]
-                text = sources.listed(unseen, 5)
+                text = tasks.listed(unseen, 5)
                 notes.append(f"{name}: {split} labels not in train: {text}")
         took = [f"{way} {n}" for way, n in entry["dropped"].items() if n]
         if took:

@@ -83,7 +83,7 @@ def release(options: Options) -> Readers:
         inside = sorted(str(p) for p in source.iterdir() if (p / "train").is_dir())
         raise aim_jax.InputError(
             f"--source: {source} has no folder train/; folders in it that do:"
-            f" {listed(inside)}"
+            f" {tasks.listed(inside)}"
         )
     chosen = source / "tasks.json"
     kinds = _object(chosen) if chosen.is_file() else {}
@@ -99,15 +99,14 @@ def release(options: Options) -> Readers:
                     f"{path}: row {i}",
                     row.get("id", f"{name}_{i}"),
                     # Where the instruction stands apart, a prompt is both together.
-                    row.get("instruction", "") + _field(path, i, row, "input"),
+                    _joined(row.get("instruction", ""), _field(path, i, row, "input")),
                     _field(path, i, row, "output"),
                 )
                 for i, row in enumerate(rows)
             ]
         return Found(splits, kinds.get(name))
 
-    pattern = re.compile(r"(.+?)(?:_T5)?\.json(?:\.gz)?")
-    matches = [pattern.fullmatch(p.name) for p in (source / "train").iterdir()]
+    matches = [tasks.FILE.fullmatch(p.name) for p in (source / "train").iterdir()]
     return _readers(read, sorted({match[1] for match in matches if match}))
 
 
@@ -125,7 +124,7 @@ def cl_benchmark(options: Options) -> Readers:
         if prompt is None:
             raise aim_jax.InputError(
                 f"{folder}: no instruction for group '{group}' or task '{folder.name}';"
-                f" there are {listed(prompts)}; add one by --instructions=FILE"
+                f" there are {tasks.listed(prompts)}; add one by --instructions=FILE"
             )
         choices = ", ".join(_array(folder / "labels.json", str))
         splits = {}
@@ -228,16 +227,11 @@ LAYOUTS: dict[str, Callable[[Options], Readers]] = {
 }
 
 
-def key(row: Row) -> str:
-    """What two rows of the same input share: its text, whatever the white space."""
-    return " ".join(row["input"].split())
-
-
 def first(rows: Iterable[Row]) -> list[Row]:
     """The rows whose input no earlier one has."""
     firsts: dict[str, Row] = {}
     for row in rows:
-        firsts.setdefault(key(row), row)
+        firsts.setdefault(tasks.key(row), row)
     return list(firsts.values())
 
 
@@ -246,15 +240,8 @@ def among(name: Any, known: Iterable[str], where: str, what: str) -> None:
     known = list(known)
     if name not in known:
         raise aim_jax.InputError(
-            f"{where}: no {what} '{name}'; there are {listed(known)}"
+            f"{where}: no {what} '{name}'; there are {tasks.listed(known)}"
         )
-
-
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """The names for a message: there may be thousands."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
 
 
 def _check(where: str, name: str, spec: Any) -> None:
@@ -262,9 +249,13 @@ def _check(where: str, name: str, spec: Any) -> None:
     if re.search(r"[/\\,]", name):
         raise aim_jax.InputError(f"{where}: a name has no slash and no comma")
     if not isinstance(spec, dict):
-        raise aim_jax.InputError(f"{where}: must be an object with {listed(_NEEDED)}")
+        raise aim_jax.InputError(
+            f"{where}: must be an object with {tasks.listed(_NEEDED)}"
+        )
     for field in _NEEDED.keys() - spec.keys():
-        raise aim_jax.InputError(f"{where}: no field '{field}'; it has {listed(spec)}")
+        raise aim_jax.InputError(
+            f"{where}: no field '{field}'; it has {tasks.listed(spec)}"
+        )
     texts = {}
     for field, value in spec.items():
         among(field, _SPEC, where, "field")
@@ -306,7 +297,8 @@ def _fill(
 ) -> str:
     """`template` with each {column} replaced: by a name, where its numbers have names.
 
-    {a.b} is field b of column a; a list stands for its first item.
+    {a.b} is field b of column a; a list stands for its first item. Raises InputError for a
+    value that is none of the names of its column.
     """
 
     def text(match: re.Match) -> str:
@@ -316,15 +308,20 @@ def _fill(
         for field in path:
             among(field, value or (), f"{where}: '{match[0]}'", "field")
             value = _one(value[field])
-        if column in named and isinstance(value, int):
-            names = named[column]
-            if not 0 <= value < len(names):
-                raise aim_jax.InputError(
-                    f"{where}: {column} {value} has no name; there are {len(names)}:"
-                    f" {listed(names)} (-1 often marks a split without labels)"
-                )
+        if value is None or value == [] or value != value:
+            return ""
+        if column not in named or value in named[column]:
+            return str(value)
+        names = named[column]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # what numbers become beside one that is missing
+        if isinstance(value, int) and 0 <= value < len(names):
             return names[value]
-        return "" if value is None or value == [] else str(value)
+        often = " (-1 often marks a split without labels)" if value == -1 else ""
+        raise aim_jax.InputError(
+            f"{where}: {column} {value!r} has no name; there are {len(names)}:"
+            f" {tasks.listed(names)}{often}"
+        )
 
     return _COLUMN.sub(text, template)
 
@@ -369,6 +366,12 @@ def _order(options: Options, name: str, split: str, rows: int) -> list[int]:
     return rng.sample(range(rows), rows)[: options.counts.get(split)]
 
 
+def _joined(first: Any, second: Any) -> Any:
+    """Both texts as one, or what of them is no text."""
+    wrong = [part for part in (first, second) if not isinstance(part, str)]
+    return wrong[0] if wrong else first + second
+
+
 def _one(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
 
@@ -397,7 +400,7 @@ def _field(path: pathlib.Path, number: int, row: Any, name: str) -> Any:
         raise aim_jax.InputError(f"{path}: row {number}: must be an object")
     if name not in row:
         raise aim_jax.InputError(
-            f"{path}: row {number}: no field '{name}'; it has {listed(row)}"
+            f"{path}: row {number}: no field '{name}'; it has {tasks.listed(row)}"
         )
     return row[name]
 

@@ -19,7 +19,7 @@ from aim_jax.data import memory, synthetic
 
 SPLITS = ("train", "dev", "test")
 SUFFIXES = (".json", "_T5.json", ".json.gz", "_T5.json.gz")
-_FILE = re.compile(r"(.+?)(?:_T5)?\.json(?:\.gz)?")
+FILE = re.compile(r"(.+?)(?:_T5)?\.json(?:\.gz)?")
 
 
 class Task(NamedTuple):
@@ -111,7 +111,7 @@ def load(cfg: config.Data) -> list[Task]:
     """
     if cfg.benchmark not in BENCHMARKS:
         raise aim_jax.InputError(
-            f"data.benchmark: no '{cfg.benchmark}'; there are {_list(BENCHMARKS)}"
+            f"data.benchmark: no '{cfg.benchmark}'; there are {listed(BENCHMARKS)}"
         )
     benchmark = BENCHMARKS[cfg.benchmark]
     limits = {"train": cfg.limit_train, "dev": cfg.limit_dev, "test": cfg.limit_test}
@@ -216,16 +216,23 @@ def _without_leaks(task: Task, rows: int) -> Task:
 
 def _clean(task: Task) -> list[dict[str, str]]:
     """The dev rows whose text is that of no test row."""
-    # dbpedia's splits differ in line breaks alone.
-    tested = {" ".join(row["input"].split()) for row in task.test}
-    return [row for row in task.dev if " ".join(row["input"].split()) not in tested]
+    tested = {key(row) for row in task.test}
+    return [row for row in task.dev if key(row) not in tested]
+
+
+def key(row: dict[str, str]) -> str:
+    """What two rows of the same input share: its text, whatever the white space.
+
+    dbpedia's splits differ in line breaks alone.
+    """
+    return " ".join(row["input"].split())
 
 
 def usage(found: Task, used: Task) -> dict[str, int]:
-    """Rows of each split of a task that a run uses, and what became of its leaks.
+    """Rows of each split of a task, and what became of its leaks.
 
     found: the task as its files have it; used: as `without_leaks` gave it, or `found`.
-    dev_in_test: dev rows in use that are test rows; dropped: those that were taken out;
+    dev_in_test: dev rows of `used` that are test rows; dropped: those that were taken out;
     held_out: train rows that became dev rows in their place.
     """
     held = len(found.train) - len(used.train)
@@ -246,11 +253,14 @@ def remembered(run: str, name: str) -> list[dict[str, str]]:
     files = {p.stem.partition("-")[2]: p for p in sorted(folder.glob("*-*.jsonl"))}
     if name not in files:
         raise aim_jax.InputError(
-            f"memory.replay: {folder} has no NN-{name}.jsonl; tasks there: {_list(files)}"
+            f"memory.replay: {folder} has no NN-{name}.jsonl; tasks there: {listed(files)}"
         )
     rows = []
     # Not splitlines: text may hold other line breaks than those between rows.
-    lines = files[name].read_text("utf-8").split("\n")
+    try:
+        lines = files[name].read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise aim_jax.InputError(f"{files[name]}: not UTF-8: {error}") from None
     for i, line in enumerate(line for line in lines if line):
         where = f"{files[name]}: row {i} (counted from 0)"
         try:
@@ -283,7 +293,7 @@ def _stream(
             if name not in known:
                 raise aim_jax.InputError(
                     f"data.tasks: no task '{name}' in benchmark '{cfg.benchmark}'; there"
-                    f" are {_list(known)}"
+                    f" are {listed(known)}"
                 )
             if name in cfg.tasks[:i]:
                 raise aim_jax.InputError(
@@ -293,13 +303,13 @@ def _stream(
     if not orders:
         raise aim_jax.InputError(
             f"data.tasks: benchmark '{cfg.benchmark}' has no order of its own; list the"
-            f" tasks of the stream, of {_list(known)}"
+            f" tasks of the stream, of {listed(known)}"
         )
     number = next(iter(orders)) if cfg.order is None else cfg.order
     if number not in orders:
         raise aim_jax.InputError(
             f"data.order: no order {number} in benchmark '{cfg.benchmark}'; there are"
-            f" {_list(map(str, orders))}"
+            f" {listed(map(str, orders))}"
         )
     return orders[number]
 
@@ -321,7 +331,7 @@ def _folder(cfg: config.Data, benchmark: Benchmark) -> pathlib.Path:
             return folder
     inside = sorted(p.name for p in root.iterdir())
     raise aim_jax.InputError(
-        f"data.root: '{root}' does not hold {wanted}; it holds {_list(inside)}"
+        f"data.root: '{root}' does not hold {wanted}; it holds {listed(inside)}"
     )
 
 
@@ -344,19 +354,19 @@ def _chosen(folder: pathlib.Path, known: Sequence[str]) -> dict[str, str]:
     for name, metric in chosen.items():
         if name not in known:
             raise aim_jax.InputError(
-                f"{path}: no files of task '{name}'; there are {_list(known)}"
+                f"{path}: no files of task '{name}'; there are {listed(known)}"
             )
         if metric not in list(metrics.METRICS):
             raise aim_jax.InputError(
                 f"{path}: task '{name}' has no metric {json.dumps(metric)}; there are"
-                f" {_list(metrics.METRICS)}"
+                f" {listed(metrics.METRICS)}"
             )
     return chosen
 
 
 def _found(folder: pathlib.Path) -> list[str]:
     """Names of the tasks that have a file in `folder`."""
-    matches = (_FILE.fullmatch(path.name) for path in folder.glob("*"))
+    matches = (FILE.fullmatch(path.name) for path in folder.glob("*"))
     return sorted({match[1] for match in matches if match})
 
 
@@ -365,14 +375,14 @@ def _file(folder: pathlib.Path, split: str, name: str) -> pathlib.Path:
     where = folder / split
     if not where.is_dir():
         raise aim_jax.InputError(
-            f"{folder}: no folder '{split}'; a benchmark has {_list(SPLITS)}"
+            f"{folder}: no folder '{split}'; a benchmark has {listed(SPLITS)}"
         )
     for suffix in SUFFIXES:
         if (where / f"{name}{suffix}").is_file():
             return where / f"{name}{suffix}"
     raise aim_jax.InputError(
         f"{where}: no {name}.json or {name}_T5.json (.gz); tasks there:"
-        f" {_list(_found(where))}"
+        f" {listed(_found(where))}"
     )
 
 
@@ -432,7 +442,7 @@ def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
     for field in ("input", "output"):
         if field not in row:
             raise aim_jax.InputError(
-                f"{where}: no field '{field}'; it has {_list(row)}"
+                f"{where}: no field '{field}'; it has {listed(row)}"
             )
     checked = {f: row.get(f, name) for f in ("id", "input", "output")}
     for field, text in checked.items():
@@ -461,7 +471,7 @@ def _kind(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
-def _list(names: Iterable[str], most: int = 20) -> str:
+def listed(names: Iterable[str], most: int = 20) -> str:
     """The names for a message: a folder may hold thousands."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
