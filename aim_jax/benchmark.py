@@ -56,8 +56,10 @@ CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
 # Dense bf16 FLOP/s of a device by its kind. Sources: as `plan.CHIPS`; the data sheets of
 # NVIDIA H100 (SXM) and H200, whose 1979e12 are with sparsity.
 PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989.5e12,
-    "NVIDIA H200": 989.5e12,
+    "NVIDIA A100-SXM4-40GB": plan.CHIPS["a100"].flops,
+    "NVIDIA A100-SXM4-80GB": plan.CHIPS["a100"].flops,
+    "NVIDIA H100 80GB HBM3": plan.CHIPS["h100"].flops,
+    "NVIDIA H200": plan.CHIPS["h200"].flops,
     "TPU v5 lite": plan.CHIPS["v5e"].flops,
     "TPU v5": plan.CHIPS["v5p"].flops,
     "TPU v6 lite": plan.CHIPS["v6e"].flops,
@@ -122,20 +124,25 @@ def with_weights(cfg: config.Config, folder: pathlib.Path) -> config.Config:
 
 
 def of_shape(cfg: config.Config, shape: Shape) -> config.Config:
-    """`cfg` for batches of that shape, each all at once, of one compiled length."""
+    """`cfg` for batches of that shape, of one compiled length.
+
+    Its micro-batches, which PyTorch runs one by one, stay where they divide a batch.
+    """
+    micro = cfg.train.micro_batch_size
+    if micro and shape.rows % micro:
+        micro = None
     return _with(
         cfg,
         data={"buckets": (shape.length,), "target_buckets": (shape.target,)},
-        train={"batch_size": shape.rows, "micro_batch_size": None},
+        train={"batch_size": shape.rows, "micro_batch_size": micro},
         memory={"batch_size": shape.rows},
         eval={"max_length": shape.target + 1},
     )
 
 
-def load(cfg: config.Config) -> tuple[parallel.Devices, hf.Base]:
-    """The devices and the base on them."""
-    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
-    return devices, hf.load(cfg.model, devices)
+def opened(cfg: config.Config) -> parallel.Devices:
+    """The devices of a run of `cfg`."""
+    return parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
 
 
 def plain(
@@ -159,16 +166,14 @@ def plain(
     told = json.loads((hf.directory(cfg.model.path) / "config.json").read_text())
     eos = int(np.ravel(told.get("eos_token_id") or 1)[0])  # of several the first
     tokenizer = types.SimpleNamespace(eos_token_id=eos)
-    data = dataclasses.replace(cfg.data, buckets=buckets)
+    data = dataclasses.replace(devices.sized(cfg.data), buckets=buckets)
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
     job = jobs.partial(
         cfg=cfg,
         stream=[None, None],
         base=base,
-        text=batches.Text(
-            tokenizer, kind, data, devices.count, device_rows=devices.rows
-        ),
+        text=batches.Text(tokenizer, kind, data, devices.count),
         devices=devices,
         steps=jobs.compile_steps(base, cfg, devices, method),
         decode=evaluate.greedy(base.model, eos, cfg, devices),
@@ -176,7 +181,7 @@ def plain(
         work=collections.Counter(),
     )
     random = np.random.default_rng(0)
-    vocabulary = hf.flatten(base.params)[base.family.EMBEDDING].shape[0]
+    vocabulary = base.embedding.shape[0]
 
     def examples(lengths: Sequence[int]) -> list[batches.Example]:
         def tokens(n: int) -> np.ndarray:
@@ -214,6 +219,22 @@ def step(
         [rows[i : i + micro] for i in range(0, len(rows), micro)] for _, rows in trained
     ]
     recalled = [rows for _, (rows,) in probed]
+    losses = {"here": _loss(bench, micros[0][0])}
+    for name, side in others.items():
+        losses[name] = side.loss(side.batch(micros[0][0]))
+    others = {
+        name: side
+        for name, side in others.items()
+        if _fits(name, side, micros[0], recalled[0])
+    }
+    # As a DataLoader would, before it is their turn.
+    ready = {
+        name: [
+            ([side.batch(m) for m in rows], side.batch(recall))
+            for rows, recall in zip(micros, recalled, strict=True)
+        ]
+        for name, side in others.items()
+    }
 
     def train() -> Any:
         after = state
@@ -232,13 +253,17 @@ def step(
             read.append(signals)
         return after, read
 
-    def theirs(call: Callable) -> dict[str, Callable]:
-        return {name: functools.partial(call, side) for name, side in others.items()}
+    def theirs(training: bool, probing: bool) -> dict[str, Callable]:
+        def call(name: str, side: Any) -> None:
+            for micros, recall in ready[name]:
+                if training:
+                    side.train(micros)
+                if probing:
+                    side.probe(recall)
 
-    def train_and_probe(side: Any) -> None:
-        for rows, recall in zip(micros, recalled, strict=True):
-            side.train(rows)
-            side.probe(recall)
+        return {
+            name: functools.partial(call, name, side) for name, side in others.items()
+        }
 
     learnt = sum(batches.tokens(rows) for _, rows in trained) / count
     read = sum(map(batches.tokens, recalled)) / count
@@ -250,21 +275,23 @@ def step(
             count,
             learnt,
             train_flops,
-            theirs(lambda side: [side.train(rows) for rows in micros]),
+            theirs(training=True, probing=False),
         ),
         "probe": Way(
             probe,
             count,
             read,
             flops,
-            theirs(lambda side: [side.probe(rows) for rows in recalled]),
+            theirs(training=False, probing=True),
         ),
         "train step + probe": Way(
-            both, count, learnt + read, train_flops + flops, theirs(train_and_probe)
+            both,
+            count,
+            learnt + read,
+            train_flops + flops,
+            theirs(training=True, probing=True),
         ),
     }
-    losses = {"here": _loss(bench, recalled[0])}
-    losses |= {name: side.loss(recalled[0]) for name, side in others.items()}
     return timed(ways, rounds) | {"loss without dropout": losses}
 
 
@@ -320,7 +347,9 @@ def decode(bench: Bench, others: Mapping[str, Any], rounds: int) -> dict[str, An
     found = timed({f"decoding, {len(prompts)} rows": way}, rounds)
     if others:
         found["rows of the same tokens"] = {
-            key: sum(map(np.array_equal, said["here"], said[key])) for key in calls
+            key: sum(map(np.array_equal, said["here"], said[key]))
+            for key in calls
+            if key in said
         }
     return found
 
@@ -366,7 +395,8 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     moments: when the step was on its way, all compiled, and when it was done.
     processor_seconds: of the process until then, without the loading of the weights.
     """
-    (devices, base), spent = elapsed(lambda: load(cfg))
+    devices = opened(cfg)
+    base, spent = elapsed(lambda: hf.load(cfg.model, devices))
     bench = plain(cfg, shape, 1, 1, devices, base)
     job, (state, memo) = bench.job, _state(bench, 1)
     batch, _ = jobs.train_batch(job, bench.task, 1)
@@ -430,16 +460,15 @@ def elapsed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return made, {name: clock() - then for (name, clock), then in pairs}
 
 
-def idle(cfg: config.Config, rounds: int) -> dict[str, Any]:
-    """Milliseconds a step of the second task, and the share the device is idle.
+def idle(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Milliseconds a step of the task, and the share the device is idle.
 
     `device` sends all train steps and probes without reading anything, from batches
     that lie ready; what a loop needs beyond that, the device waits for: `plain`, and
     `speculative`, where the next step is sent before the signals of the last are read.
     """
-    job = _prepared(cfg)
-    task = _second(job)
-    delta = jobs.fresh(job)
+    job, task = bench.job, bench.task
+    cfg, delta = job.cfg, jobs.fresh(job)
     state = steps.init(delta, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), delta, math.inf)
     # It probes and never merges, so that all ways do the same work.
@@ -587,9 +616,14 @@ def machine(dtype: str) -> dict[str, Any]:
     """
     cpu = jax.default_backend() == "cpu"
     size, clock = (2048, "processor_seconds") if cpu else (8192, "seconds")
+    times = 1 if cpu else 20  # to send one takes a part of its time
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
-    spent = clocked({"": (lambda: product(x, x), lambda: product(x, x))}, 5)
+
+    def products() -> Any:
+        return [product(x, x) for _ in range(times)][-1]
+
+    spent = clocked({"": (products, products)}, 5)
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
@@ -598,7 +632,7 @@ def machine(dtype: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "matrix_flops_per_second": 2 * size**3 / min(spent[""][clock]),
+        "matrix_flops_per_second": times * 2 * size**3 / min(spent[""][clock]),
         "clock": clock,
     }
 
@@ -659,9 +693,11 @@ def benchmark(
         found |= start(command)
     here = machine(cfg.model.dtype)
     versions = run.versions()
-    if {"step", "rehearsal", "fusion", "decode"} & set(measures):
+    if {"step", "rehearsal", "fusion", "decode", "idle"} & set(measures):
         if shape:
-            bench = plain(cfg, shape, prompts, count, *load(cfg))
+            devices = opened(cfg)
+            base = hf.load(cfg.model, devices)
+            bench = plain(cfg, shape, prompts, count, devices, base)
         else:
             bench = real(cfg, prompts)
         others = {}
@@ -678,11 +714,13 @@ def benchmark(
             found |= rehearsal(bench, rounds)
         if "fusion" in measures:
             found |= fuse(bench, rounds, count)
-    if "idle" in measures:
-        found["idle"] = idle(cfg, rounds)
+        if "idle" in measures:
+            found["idle"] = idle(bench, rounds)
     if "padding" in measures:
         found["padding"] = padding(cfg)
     peak = PEAKS.get(jax.devices()[0].device_kind)
+    if cfg.model.dtype != "bfloat16":
+        peak = None
     for row in found.values():
         if "gflops" in row:
             rate = row["gflops"] * 1e9 / row[here["clock"]] / jax.device_count()
@@ -754,9 +792,18 @@ def _forward(bench: Bench) -> plan.Work:
     if not bench.equal:
         return plan.Work()
     pure = steps.make(job.base.model, job.cfg, methods.Method())
-    chunk, _ = jobs.memory_batch(job, bench.task, [(1, 0)])
+    rows = job.cfg.memory.batch_size
+    chunk = batches.stack(job.text, [bench.task.memory[:rows]], rows)
     arguments = (job.base.params, _state(bench, 1)[0], (), chunk)
     return plan.counted(jax.make_jaxpr(pure.probe)(*arguments).jaxpr)
+
+
+def _fits(name: str, side: Any, micros: Sequence[Any], recalled: Any) -> bool:
+    """Whether another way has room for a train step and a probe; if not, that is said."""
+    lacking = side.lacking([side.batch(rows) for rows in micros], side.batch(recalled))
+    if lacking:
+        print(f"{name} is left out: {lacking}", file=sys.stderr)
+    return not lacking
 
 
 def _loss(bench: Bench, rows: list[batches.Example]) -> float:

@@ -98,9 +98,9 @@ def load_model(cfg: config.Config) -> Loaded:
         text=batches.Text(
             tokenizer,
             base.family.KIND,
-            cfg.data,
+            devices.sized(cfg.data),
             count=devices.count,
-            device_rows=devices.rows,
+            vocabulary=base.embedding.shape[0],
         ),
         devices=devices,
         steps=compiled,
@@ -208,14 +208,21 @@ def fresh(job: Job, number: int = 0) -> Tree:
 
 def fingerprints(job: Job) -> dict[str, str]:
     """Hashes of what a run was begun with: base, adapter, the rows that each task uses."""
-    rows = {
-        f"the {split} rows of task '{task.name}'": getattr(task, split)
-        for task in job.stream
-        for split in tasks.SPLITS
-    } | {
-        f"the memory rows of task '{task.name}'": kept
-        for task, kept in zip(job.stream, job.memory, strict=False)
-    }
+    rows = (
+        {
+            f"the {split} rows of task '{task.name}'": getattr(task, split)
+            for task in job.stream
+            for split in tasks.SPLITS
+        }
+        | {
+            f"the rows of held-out task '{task.name}'": task.test
+            for task in job.held_out
+        }
+        | {
+            f"the memory rows of task '{task.name}'": kept
+            for task, kept in zip(job.stream, job.memory, strict=False)
+        }
+    )
     found = {name: json.dumps(rows).encode() for name, rows in rows.items()}
     if job.start is not None:
         leaves = jax.tree.leaves(jax.device_get(job.start))
@@ -269,8 +276,7 @@ def train_batch(
         [task.train[i] for i in rows]
         for rows in batches.step_rows(len(task.train), cfg, task.key, step)
     ]
-    rows = cfg.micro_batch_size or cfg.batch_size
-    batch = batches.collate(job.text, chosen, rows, cfg.average, task.target)
+    batch = batches.collate(job.text, chosen, cfg.batch_size, cfg.average, task.target)
     return parallel.place(batch, job.devices), [e for m in chosen for e in m]
 
 

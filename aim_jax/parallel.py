@@ -3,10 +3,11 @@
 `pmap` keeps a copy of everything on each device and splits the rows of a batch. `jit` works
 over a named mesh by sharding annotations: the axis `data` splits the rows of a batch and
 the base (FSDP), the axis `tensor` the base alone (tensor parallel). Delta and optimizer
-state are small and whole on every device. Both give the same numbers, but for rounding;
-`exact` gives the same bits on 1, 2, 4 and 8 devices.
+state are small and whole on every device. On as many devices both give the same numbers,
+dropout included, but for rounding; `exact` gives the same bits on 1, 2, 4 and 8 devices.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -33,11 +34,13 @@ Tree = Any
 class Axis(NamedTuple):
     """What a step knows of the devices, or shards, that share the rows of its batch.
 
-    index() -> number of this one; sum(tree) -> its sum over all; loop: as fori_loop.
+    index() -> number of this one; sum(tree) -> its sum over all; max(array) -> that of all,
+    or where they share nothing its own; loop: as fori_loop.
     """
 
     index: Callable[[], Any]
     sum: Callable[[Tree], Tree]
+    max: Callable[[jax.Array], jax.Array]
     loop: Callable = jax.lax.fori_loop
 
 
@@ -56,10 +59,10 @@ class Devices(NamedTuple):
         """Number of parts that a batch's rows are split into."""
         return SHARDS if self.mode == "exact" else self.mesh.shape[AXIS]
 
-    @property
-    def rows(self) -> int:
-        """Rows that a device takes at once where `data.device_rows` says nothing."""
-        return 4 if self.mesh.devices.flat[0].platform == "cpu" else 8
+    def sized(self, data: config.Data) -> config.Data:
+        """`data` with the rows that a device takes at once, where it says nothing of them."""
+        rows = 4 if self.mesh.devices.flat[0].platform == "cpu" else 8
+        return dataclasses.replace(data, device_rows=data.device_rows or rows)
 
     @property
     def replicated(self) -> jax.sharding.Sharding:
@@ -141,7 +144,11 @@ def compile(
     if devices.mode == "jit":
         # Said, so that no state comes back split and is compiled for anew.
         return jax.jit(within(step, devices), out_shardings=devices.replicated)
-    axis = Axis(lambda: jax.lax.axis_index(AXIS), lambda x: jax.lax.psum(x, AXIS))
+    axis = Axis(
+        lambda: jax.lax.axis_index(AXIS),
+        lambda x: jax.lax.psum(x, AXIS),
+        lambda x: jax.lax.pmax(x, AXIS),
+    )
     return jax.pmap(
         functools.partial(step, axis=axis),
         axis_name=AXIS,
@@ -277,6 +284,9 @@ def _exact(step: Callable, devices: Devices, batch: int, chunk: bool) -> Callabl
             carry = body(i, carry)
         return carry
 
+    def own(x: jax.Array) -> jax.Array:
+        return x
+
     owners, count = devices.owners, (1,) if chunk else ()
 
     @jax.jit
@@ -287,13 +297,13 @@ def _exact(step: Callable, devices: Devices, batch: int, chunk: bool) -> Callabl
             sums.append(tree)
             return tree
 
-        step(*args, *count, axis=Axis(lambda: number, note, unrolled))
+        step(*args, *count, axis=Axis(lambda: number, note, own, unrolled))
         return sums[0]
 
     @jax.jit
     def rest(sums: list[Tree], *args: Tree) -> Tree:
         total = functools.reduce(lambda a, b: jax.tree.map(jax.numpy.add, a, b), sums)
-        return step(*args, *count, axis=Axis(lambda: 0, lambda _: total, unrolled))
+        return step(*args, *count, axis=Axis(lambda: 0, lambda _: total, own, unrolled))
 
     def run(*args: Tree) -> Tree:
         copies = {d: _copy(args[:batch], d) for d in set(owners)}

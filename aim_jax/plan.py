@@ -206,10 +206,10 @@ def programs(
     delta, state = (_on(tree, whole) for tree in (delta, state))
     inputs = length - target if family.KIND == "encdec" else length
     # Every row is that long.
-    data = dataclasses.replace(cfg.data, buckets=(inputs,), target_buckets=(target,))
-    text = batches.Text(
-        None, family.KIND, data, devices.count, inputs, device_rows=devices.rows
+    data = dataclasses.replace(
+        devices.sized(cfg.data), buckets=(inputs,), target_buckets=(target,)
     )
+    text = batches.Text(None, family.KIND, data, devices.count, inputs)
     example = batches.Example("", np.zeros(length - target), np.zeros(target))
     pure = steps.make(model, dataclasses.replace(cfg, data=data), methods.Method())
 

@@ -1,8 +1,8 @@
 """The compiled computations: train step, probe, rehearsal, validation loss.
 
 All are pure functions of (frozen base, state, batch). A batch carries a weight for every
-target token, so every way to average (over tokens, over micro-batches) is data. Nothing
-here knows how many devices there are but one `axis.sum`.
+target token, so every way to average (over tokens, over micro-batches) is data. Of other
+devices that share a batch a step knows by its `axis` alone: sums, lengths, row numbers.
 """
 
 import math
@@ -137,16 +137,17 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         weights = batch["weights"]
         return jnp.sum(losses * weights), jnp.sum(weights > 0)
 
-    def key_of(state: State, axis: Axis) -> jax.Array:
-        key = jax.random.wrap_key_data(state.key, impl=layers.HASH)
-        key = jax.random.fold_in(key, state.adam.count)
-        return jax.random.fold_in(key, axis.index()) if axis else key
+    def key_of(state: State, batch: Batch, axis: Axis) -> jax.Array:
+        first = axis.index() * batch["inputs"].shape[-2] if axis else 0
+        data = jnp.append(state.key, jnp.uint32(first))
+        key = jax.random.wrap_key_data(data, impl=layers.HASH)
+        return jax.random.fold_in(key, state.adam.count)
 
     def summed(f: Callable, zero: Tree, batch: Batch, axis: Axis) -> Tree:
         """The sum of `f(part, number)` over the parts of a batch and over the devices.
 
-        Each part is cut to the smallest bucket that holds its rows; an empty one of several
-        costs nothing.
+        Each part is cut to the smallest bucket that holds its rows, on whichever device they
+        are; an empty one of several costs nothing.
         """
         full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
         sizes = batches.cuts(cfg.data.buckets, full, least)
@@ -168,14 +169,18 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         if batch["inputs"].shape[0] > 1:
             limits, branches = [0, *limits], [lambda *part: zero, *branches]
 
-        def add(total: Tree, item: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
-            used = item[0]["mask"].sum(-1).max()
-            fitting = jnp.sum(used > jnp.array(limits))
-            value = jax.lax.switch(fitting, branches, *item)
+        used = batch["mask"].sum(-1).max(-1)
+        if axis:
+            used = axis.max(used)
+        chosen = jnp.sum(used[:, None] > jnp.array(limits), -1)
+
+        def add(total: Tree, item: tuple[jax.Array, ...]) -> tuple[Tree, None]:
+            branch, part, number = item
+            value = jax.lax.switch(branch, branches, part, number)
             return jax.tree.map(jnp.add, total, value), None
 
-        numbers = jnp.arange(batch["inputs"].shape[0])
-        total, _ = jax.lax.scan(add, zero, (batch, numbers))
+        numbers = jnp.arange(len(used))
+        total, _ = jax.lax.scan(add, zero, (chosen, batch, numbers))
         return axis.sum(total) if axis else total
 
     def forward(
@@ -193,7 +198,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         base: Tree, state: State, memo: Tree, batch: Batch, axis: Axis
     ) -> tuple[jax.Array, Tree, Tree]:
         """Mean loss, its gradient and the magnitudes, over a batch."""
-        key = key_of(state, axis)
+        key = key_of(state, batch, axis)
         zeros = jax.tree.map(jnp.zeros_like, state.delta)
         silent = lora.units(state.delta) if method.magnitudes else None
 
@@ -253,7 +258,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         base: Tree, state: State, memo: Tree, chunk: Batch, *, axis: Axis = None
     ) -> jax.Array:
         batch = jax.tree.map(lambda x: x[0], chunk)
-        key = key_of(state, axis) if method.probe_dropout else None
+        key = key_of(state, batch, axis) if method.probe_dropout else None
         total, count = forward(compose(state.delta, memo), base, batch, key, axis)
         return total / jnp.maximum(count, 1)
 

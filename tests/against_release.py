@@ -6,10 +6,12 @@ processor times for rough, those of wall times for rougher.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -18,7 +20,6 @@ from test_golden import Kit
 
 import aim_jax
 from aim_jax import benchmark, config, jobs, parallel, run
-from aim_jax.data import batches
 
 # Clock here -> its mean in the recording.
 RECORDED = {"seconds": "wall_mean_s", "processor_seconds": "cpu_mean_s"}
@@ -37,21 +38,17 @@ def replay() -> dict[str, Any]:
             f"--against release: no recorded run in {golden.FOLDER}; see AIM_JAX_GOLDEN"
         )
     kit = Kit()
-    cfg = dataclasses.replace(
-        kit.cfg,
-        data=dataclasses.replace(
-            kit.cfg.data, buckets=config.Data().buckets, device_rows=2
-        ),
-        eval=dataclasses.replace(kit.cfg.eval, fwt=False),
-        logs=config.Logs(progress=False),
-    )
+    cfg = free(kit)
     spent = collections.defaultdict(collections.Counter)
     kept = [(place, name, getattr(place, name)) for place, name in PATCHED]
     try:
         feed(kit)
         for part in ("train_task", "evaluate_task", "run"):
             setattr(run, part, clocked(part, spent))
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(sys.stderr),  # stdout is for the figures
+        ):
             results = run.run(cfg, pathlib.Path(folder) / "run")
             merges = (pathlib.Path(folder) / "run" / "merges.jsonl").read_text()
     finally:
@@ -84,26 +81,36 @@ PATCHED = (
 )
 
 
+def free(kit: Kit) -> config.Config:
+    """The recorded job's config for a run of the whole stream."""
+    return dataclasses.replace(
+        kit.cfg,
+        data=dataclasses.replace(
+            kit.cfg.data, buckets=config.Data().buckets, device_rows=2
+        ),
+        eval=dataclasses.replace(kit.cfg.eval, fwt=False),
+        logs=config.Logs(progress=False),
+    )
+
+
 def feed(kit: Kit) -> None:
     """Let runs begin with the recorded adapter, and read the recorded batches."""
     start = kit.tree(golden.trace(golden.CONTINUAL[0])["lora_start"])
     draw = jobs.memory_batch
 
     def train_batch(job: jobs.Job, task: jobs.Lesson, step: int) -> tuple:
-        data, train = golden.trace(golden.CONTINUAL[task.number]), job.cfg.train
-        micros = data["mb_rows"][data["mb_step"] == step]
-        chosen = [golden.examples(data, rows) for rows in micros]
-        batch = batches.collate(job.text, chosen, train.micro_batch_size, train.average)
-        return parallel.place(batch, job.devices), [e for m in chosen for e in m]
+        data = golden.trace(golden.CONTINUAL[task.number])
+        batch = golden.train_batch(job.text, job.cfg, data, step)
+        rows = data["mb_rows"][data["mb_step"] == step].ravel()
+        return parallel.place(batch, job.devices), golden.examples(data, rows)
 
     def memory_batch(job: jobs.Job, task: jobs.Lesson, places: list) -> tuple:
         if len(places) > 1 or places[0][1]:  # rehearsal: how much, this run decides
             return draw(job, task, places)
         data = golden.trace(golden.CONTINUAL[task.number])
-        chosen = [golden.examples(data, data["probe_rows"][places[0][0] - 1])]
-        rows = job.cfg.memory.batch_size
-        batch = batches.stack(job.text, chosen, rows)
-        return parallel.place(batch, job.devices), chosen
+        rows = data["probe_rows"][places[0][0] - 1]
+        batch = golden.memory_batch(job.text, job.cfg, data, [rows])
+        return parallel.place(batch, job.devices), [golden.examples(data, rows)]
 
     jobs.fresh = lambda job, number=0: start
     jobs.train_batch, jobs.memory_batch = train_batch, memory_batch

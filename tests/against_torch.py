@@ -8,50 +8,67 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import peft
 import torch
 import transformers
 
+import aim_jax
 from aim_jax import jobs
 from aim_jax.data import batches
 from aim_jax.models import hf
 
 Rows = Sequence[batches.Example]
+Batch = dict[str, torch.Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Side(NamedTuple):
-    """train(micro-batches) -> loss: an optimizer step; probe(rows) -> loss, with dropout;
-    loss(rows) -> loss, without; generate(rows, size) -> new tokens of each row, greedily.
+    """What PyTorch does: batch(rows) -> what the model takes, on its device;
+    train(batches) -> loss: an optimizer step on micro-batches; lacking(batches, batch) -> why
+    there is no room for that and a probe, or None; probe(batch) -> loss, with dropout; loss(batch) ->
+    loss, without; generate(rows, size) -> new tokens of each row, greedily.
     """
 
-    train: Callable[[Sequence[Rows]], float]
-    probe: Callable[[Rows], float]
-    loss: Callable[[Rows], float]
+    batch: Callable[[Rows], Batch]
+    train: Callable[[Sequence[Batch]], float]
+    lacking: Callable[[Sequence[Batch], Batch], str | None]
+    probe: Callable[[Batch], float]
+    loss: Callable[[Batch], float]
     generate: Callable[[Rows, int], list[list[int]]]
 
 
 def sides(job: jobs.Job, compiled: bool) -> dict[str, Side]:
     """PyTorch for the model and settings of a job: eager, and by torch.compile.
 
-    On a CPU it has the threads that this process may use.
+    On a CPU it has the threads that this process may use; on a GPU, where JAX's products of
+    float32 are TF32, so are its own. Raises InputError where one has a GPU and one has none.
     """
+    if (jax.default_backend() == "gpu") != (DEVICE == "cuda"):
+        raise aim_jax.InputError(
+            f"--against torch: JAX runs on {jax.default_backend()}, PyTorch on {DEVICE};"
+            " install both for the same device, or hide it by JAX_PLATFORMS=cpu and"
+            " CUDA_VISIBLE_DEVICES="
+        )
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")
     if hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = {"torch": side(job, lambda model: model)}
+    model = adapted(job)
+    found = {"torch": side(job, model, model)}
     if compiled:
-        found["torch.compile"] = side(job, torch.compile)
+        found["torch.compile"] = side(job, model, torch.compile(model))
     return found
 
 
-def side(job: jobs.Job, prepared: Callable) -> Side:
-    """One model of its own; prepared: what makes its forward pass fast."""
+def adapted(job: jobs.Job) -> peft.PeftModel:
+    """The model of a job, with the adapter of its settings."""
     cfg, encdec = job.cfg, job.text.kind == "encdec"
     auto = transformers.AutoModelForCausalLM
     if encdec:
         auto = transformers.AutoModelForSeq2SeqLM
     folder, dtype = hf.directory(cfg.model.path), getattr(torch, cfg.model.dtype)
-    model = peft.get_peft_model(
+    return peft.get_peft_model(
         auto.from_pretrained(folder, dtype=dtype).to(DEVICE),
         peft.LoraConfig(
             r=cfg.lora.r,
@@ -62,7 +79,11 @@ def side(job: jobs.Job, prepared: Callable) -> Side:
             task_type="SEQ_2_SEQ_LM" if encdec else "CAUSAL_LM",
         ),
     )
-    fast = prepared(model)
+
+
+def side(job: jobs.Job, model: peft.PeftModel, fast: Callable) -> Side:
+    """fast: what the forward passes of training call in place of `model`."""
+    cfg, encdec = job.cfg, job.text.kind == "encdec"
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         weights, lr=cfg.train.learning_rate, weight_decay=cfg.train.weight_decay
@@ -75,23 +96,23 @@ def side(job: jobs.Job, prepared: Callable) -> Side:
         rows = [[*p, *x] if left else [*x, *p] for p, x in pairs]
         return torch.tensor(rows, dtype=torch.long, device=DEVICE)
 
-    def forward(rows: Rows) -> torch.Tensor:
+    def batch(rows: Rows) -> Batch:
         inputs, labels = [e.inputs for e in rows], [e.targets for e in rows]
         if not encdec:
             inputs = [[*e.inputs, *e.targets] for e in rows]
             labels = [[*[-100] * len(e.inputs), *e.targets] for e in rows]
-        return fast(
-            input_ids=padded(inputs, 0),
-            attention_mask=padded([[1] * len(x) for x in inputs], 0),
-            labels=padded(labels, -100),
-        ).loss
+        return {
+            "input_ids": padded(inputs, 0),
+            "attention_mask": padded([[1] * len(x) for x in inputs], 0),
+            "labels": padded(labels, -100),
+        }
 
-    def train(micros: Sequence[Rows]) -> float:
+    def train(micros: Sequence[Batch]) -> float:
         model.train()
         optimizer.zero_grad()
         total = 0.0
-        for rows in micros:
-            value = forward(rows) / len(micros)
+        for micro in micros:
+            value = fast(**micro).loss / len(micros)
             value.backward()
             total += value.item()
         torch.nn.utils.clip_grad_norm_(weights, cfg.train.clip_norm)
@@ -100,15 +121,27 @@ def side(job: jobs.Job, prepared: Callable) -> Side:
             torch.cuda.synchronize()
         return total
 
-    @torch.no_grad()
-    def probe(rows: Rows) -> float:
-        model.train()
-        return forward(rows).item()
+    def lacking(micros: Sequence[Batch], recalled: Batch) -> str | None:
+        try:
+            train(micros)
+            probe(recalled)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        else:
+            return None
+        optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        return reason
 
     @torch.no_grad()
-    def loss(rows: Rows) -> float:
+    def probe(batch: Batch) -> float:
+        model.train()
+        return fast(**batch).loss.item()
+
+    @torch.no_grad()
+    def loss(batch: Batch) -> float:
         model.eval()
-        return forward(rows).item()
+        return model(**batch).loss.item()
 
     @torch.no_grad()
     def generate(rows: Rows, size: int) -> list[list[int]]:
@@ -130,4 +163,4 @@ def side(job: jobs.Job, prepared: Callable) -> Side:
                 made.append(row[: row.index(eos)] if eos in row else row)
         return made
 
-    return Side(train, probe, loss, generate)
+    return Side(batch, train, lacking, probe, loss, generate)

@@ -147,15 +147,9 @@ def micro(batch: dict[str, jax.Array], number: int | None = None) -> referee.Bat
 
 def main(folder: pathlib.Path, engine: str, seeds: list[int]) -> None:
     kit = Kit()
-    data = dataclasses.replace(
-        kit.cfg.data, buckets=(64, 128, 192, 256, 384, 512, 768, 1024)
-    )
     cfg = dataclasses.replace(
-        kit.cfg,
-        data=data,
-        eval=dataclasses.replace(kit.cfg.eval, fwt=False),
+        against_release.free(kit),
         parallel=config.Parallel(mode="jit", speculate=False),
-        logs=config.Logs(progress=False),
     )
     against_release.feed(kit)
     if engine == "jax":

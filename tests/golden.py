@@ -82,6 +82,7 @@ def settings() -> config.Config:
                 root=str(FOLDER / "data"),
                 tasks=tuple(hyper["order"]),
                 buckets=(SHORT, 512, 1024),
+                device_rows=8,
             ),
             memory=config.Memory(
                 percent=sequence["memory_data_ratio"],
@@ -127,7 +128,7 @@ def train_batch(text: batches.Text, cfg: config.Config, data: Trace, step: int) 
     return batches.collate(
         text,
         [examples(data, rows) for rows in micros],
-        cfg.train.micro_batch_size,
+        cfg.train.batch_size,
         cfg.train.average,
     )
 

@@ -70,7 +70,7 @@ def open_case(
     cfg = config.resolve(
         config.Config(
             model=config.Model(path=str(folder)),
-            data=config.Data(buckets=(16, 64, 128), target_buckets=(8,)),
+            data=config.Data(buckets=(16, 64, 128), target_buckets=(8,), device_rows=8),
             lora=dataclasses.replace(low, dropout=0.0),
             train=config.Train(
                 batch_size=make_models.ROWS,

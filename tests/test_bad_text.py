@@ -46,7 +46,9 @@ ROWS = st.lists(
     min_size=1,
     max_size=12,
 )
-DATA = config.Data(max_input=24, max_target=6, max_test_input=80, buckets=(8, 16, 32))
+DATA = config.Data(
+    max_input=24, max_target=6, max_test_input=80, buckets=(8, 16, 32), device_rows=8
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Batches: shapes from buckets, weights that carry the averaging rule, row choice."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from aim_jax import config
 from aim_jax.data import batches
 from aim_jax.models import hf
 
-DATA = config.Data(max_input=12, max_target=4, buckets=(8, 16), target_buckets=(4, 8))
+DATA = config.Data(
+    max_input=12, max_target=4, buckets=(8, 16), target_buckets=(4, 8), device_rows=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +120,12 @@ def test_rows_fill_up_to_the_number_of_devices():
 def test_rows_are_sorted_into_parts_longest_first():
     parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2, pack=False))
     micros = [[example(3, 1), example(9, 2)], [example(12, 4)]]
-    batch = batches.collate(parts, micros, 2)
+    batch = batches.collate(parts, micros, 4)
     assert batch["inputs"].shape == (2, 2, 16)
     assert batch["mask"].sum(-1).tolist() == [[12, 9], [3, 0]]
     assert batch["weights"].sum(-1).tolist() == [[4, 2], [1, 0]]
     # Two devices take two rows each.
-    assert batches.collate(parts._replace(count=2), micros, 2)["inputs"].shape[1] == 4
-    # Where the config says nothing, as many as suit the device.
-    suited = text()._replace(device_rows=3)
-    assert batches.collate(suited, micros, 2)["inputs"].shape[1] == 3
+    assert batches.collate(parts._replace(count=2), micros, 4)["inputs"].shape[1] == 4
 
 
 def packed(kind="encdec", **changes):
@@ -134,7 +134,7 @@ def packed(kind="encdec", **changes):
 
 def test_examples_share_a_row_of_an_encoder_decoder():
     micros = [[example(4, 1), example(9, 2)], [example(3, 1), example(10, 1)]]
-    batch = batches.collate(packed(), micros, 2)
+    batch = batches.collate(packed(), micros, 4)
     assert batch["segments"][0, 0].tolist() == [1] * 10 + [2] * 4 + [0] * 2
     assert batch["inputs"][0, 0].tolist() == [*range(1, 11), *range(1, 5), 0, 0]
     assert batch["owners"][0, 0].tolist() == [1, 2, 0, 0]
@@ -207,7 +207,7 @@ def test_a_stack_is_of_one_shape():
 def test_weights_make_the_average(average):
     micros = [[example(3, 1), example(9, 2)], [example(6, 4)]]
     parts = text()._replace(data=dataclasses.replace(DATA, device_rows=2, pack=False))
-    batch = batches.collate(parts, micros, 2, average)
+    batch = batches.collate(parts, micros, 4, average)
     assert batch["mask"].sum(-1).tolist() == [[9, 6], [3, 0]]
     losses = np.random.default_rng(0).random(batch["weights"].shape)
     real = batch["weights"] > 0
@@ -243,7 +243,8 @@ def test_validation_batches_sum_to_the_rule(average):
 
 def test_steps_visit_every_row_once_an_epoch_and_may_straddle_epochs():
     train = config.Train(epochs=4, batch_size=4, micro_batch_size=2)
-    assert batches.total_steps(5, train) == 6  # 4 epochs of 3 micro-batches, two a step
+    # 4 epochs of 3 micro-batches, two a step, would be 6: an epoch has one whole step.
+    assert batches.total_steps(5, train) == 4
     micros = [m for s in range(1, 7) for m in batches.step_rows(5, train, (1, 2), s)]
     assert [len(m) for m in micros] == [2, 2, 1] * 4
     for epoch in range(4):
@@ -254,6 +255,39 @@ def test_steps_visit_every_row_once_an_epoch_and_may_straddle_epochs():
     assert len({tuple(np.concatenate(micros[3 * e : 3 * e + 3])) for e in range(4)}) > 1
 
 
-def test_a_folder_without_tokenizer_is_named(tmp_path):
+def test_steps_as_the_release_counts_them():
+    train = config.Train(epochs=10, batch_size=32, micro_batch_size=8)
+    assert batches.total_steps(1000, train) == 310  # semantics.md 5.7
+    assert batches.total_steps(400, train) == 120
+    assert batches.total_steps(0, train) == 0
+
+
+def test_a_task_smaller_than_an_update_has_one_an_epoch():
+    train = config.Train(epochs=3, batch_size=32, micro_batch_size=8)
+    assert batches.total_steps(17, train) == 3
+    for step in (1, 2, 3):
+        micros = batches.step_rows(17, train, (1, 2), step)
+        assert sorted(np.concatenate(micros)) == list(range(17))
+
+
+@pytest.mark.parametrize("model_type", [None, "t5", "qwen3", "llama"])
+def test_a_folder_without_tokenizer_is_named(tmp_path, model_type):
+    if model_type:  # transformers makes an empty one of some families
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(aim_jax.InputError, match=str(tmp_path)):
         batches.tokenizer(tmp_path)
+
+
+def test_a_token_that_the_model_does_not_have_is_named(tokenizer):
+    own = text(tokenizer=tokenizer)
+    rows = [{"id": "r7", "input": "a", "output": "b"}]
+    (whole,) = batches.encode(own, rows)
+    most = max(*whole.inputs, *whole.targets)
+    assert batches.encode(own._replace(vocabulary=most + 1), rows)
+    with pytest.raises(aim_jax.InputError, match=f"row r7: token {most} .* {most} emb"):
+        batches.encode(own._replace(vocabulary=most), rows)
+
+
+@pytest.mark.parametrize("average", ["token", "micro_batch"])
+def test_nothing_to_validate_on(average):
+    assert batches.validation_batches(text(), [], 8, average) == []

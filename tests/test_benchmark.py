@@ -79,7 +79,7 @@ def test_figures_of_random_rows():
 def test_flops_are_those_of_the_plan(name, length):
     """length: of the plan, whose rows always have the answer in them."""
     cfg = of_family(name)
-    bench = benchmark.plain(cfg, SHAPE, 5, 1, *benchmark.load(cfg))
+    bench = random_rows(cfg, SHAPE)
     rows = [*bench.task.train, *bench.task.memory]
     assert {len(e.inputs) + len(e.targets) for e in rows} == {length}
     planned = plan.programs(
@@ -105,6 +105,30 @@ def test_figures_of_real_rows():
     ]
     decoded = benchmark.decode(bench, {}, 1)
     assert list(decoded) == ["decoding, 3 rows"]
+
+
+def random_rows(cfg, shape):
+    devices = benchmark.opened(cfg)
+    return benchmark.plain(cfg, shape, 5, 1, devices, hf.load(cfg.model, devices))
+
+
+def test_what_has_no_room_is_left_out_and_said(capsys):
+    class Side:
+        def batch(self, rows):
+            return rows
+
+        def loss(self, batch):
+            return 1.0
+
+        def lacking(self, micros, recalled):
+            assert sum(map(len, micros)) == SHAPE.rows
+            return "out of memory"
+
+    bench = random_rows(of_family("qwen3"), SHAPE)
+    found = benchmark.step(bench, {"theirs": Side()}, 1, 1)
+    assert "against" not in found["train step"]
+    assert found["loss without dropout"]["theirs"] == 1.0
+    assert "theirs is left out: out of memory" in capsys.readouterr().err
 
 
 def test_ways_alternate_after_a_warm_up():
@@ -265,7 +289,8 @@ def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
         return after
 
     monkeypatch.setattr(run, "train", watched)
-    made = benchmark.idle(test_run.make(train__epochs=1), rounds)
+    bench = benchmark.real(test_run.make(train__epochs=1), 2)
+    made = benchmark.idle(bench, rounds)
 
     plain, speculative = ends[False], ends[True]
     assert len(plain) == len(speculative) == rounds + 1  # the first is not timed
@@ -305,7 +330,7 @@ def test_bad_input_is_one_line():
 def test_a_decoders_row_holds_its_answer():
     cfg = of_family("qwen3")
     with pytest.raises(aim_jax.InputError, match="--length 4: a decoder's row has"):
-        benchmark.plain(cfg, SHAPE._replace(length=4), 1, 1, *benchmark.load(cfg))
+        random_rows(cfg, SHAPE._replace(length=4))
 
 
 def test_the_second_task_needs_a_memory_of_the_first():

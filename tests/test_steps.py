@@ -38,7 +38,8 @@ class Kit:
 
     def batch(self, micros, average="token"):
         chosen = [[self.rows[i] for i in m] for m in micros]
-        return batches.collate(self.text, chosen, max(map(len, micros)), average)
+        rows = len(micros) * max(map(len, micros))
+        return batches.collate(self.text, chosen, rows, average)
 
     def chunk(self, groups):
         return batches.stack(self.text, [[self.rows[i] for i in g] for g in groups], 2)

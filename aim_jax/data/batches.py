@@ -5,9 +5,10 @@ drawn before: a resumed or repeated step sees the same rows.
 """
 
 import itertools
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ class Text(NamedTuple):
     tokenizer: a Hugging Face tokenizer; kind: `encdec` or `decoder`
     (`aim_jax.models`); data: lengths and buckets; count: rows are padded to a multiple
     of it (the number of devices); longest: every batch has room for inputs so long, so
-    that all have one shape; device_rows: where the data's is None.
+    that all have one shape; vocabulary: token ids are below it.
     """
 
     tokenizer: Any
@@ -45,7 +46,7 @@ class Text(NamedTuple):
     data: config.Data
     count: int = 1
     longest: int = 0
-    device_rows: int = 8
+    vocabulary: float = math.inf
 
 
 def tokenizer(folder: pathlib.Path) -> Any:
@@ -62,6 +63,10 @@ def tokenizer(folder: pathlib.Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise aim_jax.InputError(f"{folder}: no tokenizer: {reason}") from None
+    # Of some families transformers makes an empty one where there are no files.
+    files = sorted(set(loaded.vocab_files_names.values()))
+    if not any((folder / name).is_file() for name in files):
+        raise aim_jax.InputError(f"{folder}: no tokenizer: none of {', '.join(files)}")
     if loaded.eos_token_id is None:
         raise aim_jax.InputError(f"{folder}: the tokenizer has no end token (eos)")
     return loaded
@@ -71,7 +76,8 @@ def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Examp
     """Token ids of rows; inputs cut to `data.max_input`, targets to `data.max_target`.
 
     As the release does (semantics.md 1.4): no prefix, one end token, test inputs whole
-    (truncate=False; but cut to `data.max_test_input`).
+    (truncate=False; but cut to `data.max_test_input`). Raises InputError for a token that
+    the model does not have.
     """
     if not rows:
         return []
@@ -89,6 +95,13 @@ def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Examp
             # The last token is the end token where the tokenizer adds one.
             source = [*source[: limit - 1], source[-1]]
         target = [*target[: text.data.max_target - 1], eos]
+        last = max([*source, *target])
+        if last >= text.vocabulary:
+            raise aim_jax.InputError(
+                f"row {row['id']}: token {last} ({text.tokenizer.decode([last])!r}) is"
+                f" beyond the model's {text.vocabulary} embeddings; the tokenizer is of"
+                " another model, or has tokens of its own"
+            )
         examples.append(
             Example(row["id"], np.array(source, np.int32), np.array(target, np.int32))
         )
@@ -137,7 +150,7 @@ def collate(
     target: int = 0,
     share: bool = True,
 ) -> Batch:
-    """Micro-batches of up to `rows` examples as one batch, leaves (parts, b, length).
+    """Micro-batches of up to `rows` examples in all as one batch (parts, b, length).
 
     inputs int32, mask bool, targets int32, weights float32. The examples are sorted by
     length, longest first, into parts of `data.device_rows` rows a device, so that the
@@ -160,60 +173,82 @@ def collate(
         if average == "micro_batch":
             weight = total / (len(examples) * sum(len(e.targets) for e in micro))
         weighted += [(example, weight) for example in micro]
-    return _arrange(text, weighted, len(examples) * rows, target, share)
+    return _arrange(text, weighted, rows, target, share)
 
 
 def _arrange(
     text: Text, weighted: Sequence[Weighted], rows: int, target: int, share: bool
 ) -> Batch:
     """`collate` of up to `rows` examples with a weight each."""
-    everything = [example for example, _ in weighted]
-    buckets = sorted(text.data.buckets)
-    width = bucket(
-        max(target, longest_target(everything)), sorted(text.data.target_buckets)
-    )
-    length = max(text.longest, longest(text, everything))
-    if text.kind == "decoder":
-        length = max(length, width)  # the last `width` positions predict the targets
-    length = bucket(length, buckets)
-    at_once = text.data.device_rows or text.device_rows
-    shape = parts(rows, at_once, text.count)
+    shape = parts(rows, text.data.device_rows, text.count)
     share = share and text.data.pack and shape[0] > 1
-    batch = {
-        "inputs": np.zeros((*shape, length), np.int32),
-        "mask": np.zeros((*shape, length), bool),
-        "targets": np.zeros((*shape, width), np.int32),
-        "weights": np.zeros((*shape, width), np.float32),
-    }
-    if share:
-        batch["segments"] = np.zeros((*shape, length), np.int32)
-        if text.kind == "encdec":
-            batch["owners"] = np.zeros((*shape, width), np.int32)
-    size = _length(text)
-    left = list(weighted)
+    batch = _empty(text, [e for e, _ in weighted], shape, target, share)
+    size, left = _length(text), list(weighted)
     if shape[0] > 1:
         left.sort(key=lambda pair: -size(pair[0]))
     for part in range(shape[0]):
         if not left:
             break
         # Tokens and targets that a row has room for; none is longer than it must be.
-        most = bucket(longest(text, [example for example, _ in left]), buckets)
-        room = np.tile([most, width], (shape[1], 1))
-        lying, later = [[] for _ in room], []
-        for pair in left:
-            needed = np.array([size(pair[0]), len(pair[0].targets)])
-            places = np.flatnonzero((room >= needed).all(1))
-            if len(places):
-                lying[places[0]].append(pair)
-                room[places[0]] -= needed if share else room[places[0]]
-            else:
-                later.append(pair)
+        most = bucket(longest(text, [e for e, _ in left]), sorted(text.data.buckets))
+        room = np.tile([most, batch["targets"].shape[-1]], (shape[1], 1))
+        lying, left = _lay(left, size, room, share)
         for place, pairs in enumerate(lying):
             if pairs:
                 row = {name: leaf[part, place] for name, leaf in batch.items()}
                 _fill(row, pairs, text.kind)
-        left = later
     return batch
+
+
+def _empty(
+    text: Text,
+    examples: Sequence[Example],
+    shape: tuple[int, int],
+    target: int,
+    share: bool,
+) -> Batch:
+    """Zeros of a batch (parts, b, length) that has room for `examples`."""
+    width = max(target, longest_target(examples))
+    width = bucket(width, sorted(text.data.target_buckets))
+    length = max(text.longest, longest(text, examples))
+    if text.kind == "decoder":
+        length = max(length, width)  # the last `width` positions predict the targets
+    length = bucket(length, sorted(text.data.buckets))
+    leaves = {
+        "inputs": (length, np.int32),
+        "mask": (length, bool),
+        "targets": (width, np.int32),
+        "weights": (width, np.float32),
+    }
+    if share:
+        leaves["segments"] = length, np.int32
+        if text.kind == "encdec":
+            leaves["owners"] = width, np.int32
+    return {
+        name: np.zeros((*shape, size), kind) for name, (size, kind) in leaves.items()
+    }
+
+
+def _lay(
+    pairs: Sequence[Weighted],
+    size: Callable[[Example], int],
+    room: np.ndarray,
+    share: bool,
+) -> tuple[list[list[Weighted]], list[Weighted]]:
+    """Pairs for each row of a part, each in the first that has `room`, and those left over.
+
+    room: tokens and targets of each row (b, 2); what pairs take of it is taken off.
+    """
+    lying, later = [[] for _ in room], []
+    for pair in pairs:
+        needed = np.array([size(pair[0]), len(pair[0].targets)])
+        places = np.flatnonzero((room >= needed).all(1))
+        if len(places):
+            lying[places[0]].append(pair)
+            room[places[0]] -= needed if share else room[places[0]]
+        else:
+            later.append(pair)
+    return lying, later
 
 
 def stack(
@@ -230,7 +265,7 @@ def stack(
     return {name: np.stack([batch[name] for batch in made]) for name in made[0]}
 
 
-def _length(text: Text):
+def _length(text: Text) -> Callable[[Example], int]:
     if text.kind == "encdec":
         return lambda e: len(e.inputs)
     return lambda e: len(e.inputs) + len(e.targets) - 1
@@ -282,9 +317,18 @@ def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
 
 def total_steps(count: int, cfg: config.Train) -> int:
     """Optimizer steps on `count` rows (semantics.md 2.2); 0 for no rows or no epochs."""
+    per_epoch, together = _micro_batches(count, cfg)
+    return cfg.epochs * (per_epoch // together) if count else 0
+
+
+def _micro_batches(count: int, cfg: config.Train) -> tuple[int, int]:
+    """Micro-batches of an epoch of `count` rows, and of an optimizer step.
+
+    A step of a task with fewer rows than an update is an epoch.
+    """
     micro = cfg.micro_batch_size or cfg.batch_size
-    steps = cfg.epochs * -(-count // micro) // (cfg.batch_size // micro)
-    return max(min(1, cfg.epochs), steps) if count else 0
+    per_epoch = -(-count // micro)
+    return per_epoch, min(cfg.batch_size // micro, per_epoch)
 
 
 def step_rows(
@@ -296,10 +340,9 @@ def step_rows(
     micro-batches of a step may straddle epochs (semantics.md 2.3).
     """
     micro = cfg.micro_batch_size or cfg.batch_size
-    accumulation = cfg.batch_size // micro
-    per_epoch = -(-count // micro)
+    per_epoch, together = _micro_batches(count, cfg)
     chosen = []
-    for number in range((step - 1) * accumulation, step * accumulation):
+    for number in range((step - 1) * together, step * together):
         epoch, position = divmod(number, per_epoch)
         order = memory.order(count, (*key, epoch))
         chosen.append(order[position * micro : (position + 1) * micro])
@@ -316,9 +359,8 @@ def validation_batches(
     The rows are sorted by length into fewer, fuller batches: the weights carry the rule.
     """
     if average == "token":
-        weight = dict.fromkeys(
-            range(len(examples)), 1 / sum(len(e.targets) for e in examples)
-        )
+        count = sum(len(e.targets) for e in examples)
+        weight = {i: 1 / count for i in range(len(examples))}
     else:
         weight = {}
         for start in range(0, len(examples), 8):

@@ -169,25 +169,26 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _seed(seed: jax.Array) -> jax.Array:
-    start = jnp.array([0x9E3779B9, 0x85EBCA6B], jnp.uint32)  # _mix leaves 0 as it is
+    start = jnp.array([0x9E3779B9, 0x85EBCA6B, 0], jnp.uint32)  # _mix leaves 0 as it is
     return _fold(start, seed.astype(jnp.uint32))
 
 
 def _fold(key: jax.Array, number: jax.Array) -> jax.Array:
-    first, second = key
+    first, second, row = key
     first = _mix(_mix(first ^ number) + second)
-    return jnp.stack([first, _mix(_mix(second ^ number) + first)])
+    return jnp.stack([first, _mix(_mix(second ^ number) + first), row])
 
 
 def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     numbers = jnp.arange(math.prod(shape), dtype=jnp.uint32)
-    return jax.vmap(_fold, (None, 0))(key, numbers).reshape(*shape, 2)
+    return jax.vmap(_fold, (None, 0))(key, numbers).reshape(*shape, 3)
 
 
 def _bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
     assert width == 32
     sizes = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    place = sum(
+    first = key[2] * np.uint32(math.prod(shape[1:]))
+    place = first + sum(
         jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(size)
         for axis, size in enumerate(sizes)
     )
@@ -196,9 +197,10 @@ def _bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
 
 # Keys for dropout. A new key hashes an old one and a number, an element's bits hash its place
 # and the key: a quarter of the time of threefry and a tenth of its compilation, and each
-# device makes the bits of its own places.
+# device makes the bits of its own places. A key ends in the number of the first row here, so
+# that these are the bits of all rows in one array, whichever way devices share them.
 HASH = jax.extend.random.define_prng_impl(
-    key_shape=(2,),
+    key_shape=(3,),
     seed=_seed,
     split=_split,
     random_bits=_bits,
@@ -381,10 +383,10 @@ def age(
     return ago, ago <= written[:, None]
 
 
-def widen(x: jax.Array, extra: int, axis: int) -> jax.Array:
-    """x with `extra` zeros (or False) before it on an axis."""
+def widen(x: jax.Array, before: int, axis: int, after: int = 0) -> jax.Array:
+    """x with zeros (or False) before and after it on an axis."""
     room = [(0, 0)] * x.ndim
-    room[axis] = (extra, 0)
+    room[axis] = (before, after)
     return jnp.pad(x, room)
 
 
