@@ -7,6 +7,8 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 
+from absl import flags, logging
+
 __version__ = "0.1.0"
 # Options of glibc's mallopt (malloc.h): arenas, blocks outside them, free bytes to keep.
 ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1
@@ -19,6 +21,7 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def command(argv: Sequence[str]) -> Iterator[None]:
     """The body of a command that takes flags alone: an InputError is one line and status 2."""
+    quiet()
     try:
         if len(argv) > 1:
             raise InputError(f"'{argv[1]}': give values as --flag=value")
@@ -26,6 +29,12 @@ def command(argv: Sequence[str]) -> Iterator[None]:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet() -> None:
+    """Say nothing of level INFO, where JAX tells which kinds of device are not there."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
 
 
 def keep_memory() -> None:

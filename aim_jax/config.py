@@ -241,7 +241,6 @@ BOUNDS = {
             "method.fisher_rows",
             "method.calibration",
             "eval.batch_size",
-            "eval.max_length",
             "parallel.tensor",
         ),
         (1, math.inf),
@@ -281,7 +280,9 @@ BOUNDS = {
         ("method.temperature", "memory.temperature", "memory.repetition"),
         (1e-6, math.inf),
     ),
-    "memory.top_p": (0, 1),
+    "memory.top_p": (1e-6, 1),
+    "eval.max_length": (2, math.inf),  # one of them begins the answer of T5
+    **dict.fromkeys(("train.seed", "data.seed"), (0, 2**32 - 1)),
     "memory.percent": (0, 100),
 }
 
@@ -354,7 +355,10 @@ def override(config: Config, text: str) -> Config:
     part = getattr(config, section)
     _check(field, [f.name for f in dataclasses.fields(part)], f"{section} field", text)
     if path == "method.name":
-        part = _method(value, dataclasses.asdict(part))
+        # Another method has defaults of its own: what was chosen goes over, no more.
+        plain = dataclasses.asdict(type(part)())
+        chosen = {k: v for k, v in dataclasses.asdict(part).items() if v != plain[k]}
+        part = _method(value, chosen)
     else:
         kind = typing.get_type_hints(type(part))[field]
         part = dataclasses.replace(part, **{field: _parse(path, value, kind)})
@@ -375,6 +379,12 @@ def resolve(config: Config) -> Config:
     for path in CHOICES:
         _check_choice(config, path)
     _check_numbers(config)
+    best = config.train.select == "best" and config.train.validation_rows
+    if getattr(config.method, "merge_at_end", False) and best:
+        raise aim_jax.InputError(
+            "method.merge_at_end: needs train.select=last; `best` goes back to an adapter"
+            " of before that merge"
+        )
     return config
 
 

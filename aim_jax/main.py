@@ -8,7 +8,7 @@ import traceback
 from typing import NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 import aim_jax
 from aim_jax import config, jobs, logs, preemption, report, run, tables
@@ -32,9 +32,7 @@ _SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeate
 
 def main(argv: list[str]) -> None:
     """Load the config or sweep, run what it asks for, print a table of the results."""
-    if not flags.FLAGS["verbosity"].present:
-        # JAX tells at level INFO which kinds of device are not there.
-        logging.set_verbosity(logging.WARNING)
+    aim_jax.quiet()
     # transformers tells that torch is missing; only its tokenizers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
@@ -110,7 +108,7 @@ def runs(
         return [(cfg, workdir / name) for name, cfg in configs.items()]
     return [
         (
-            config.override(cfg, f"train.seed={seed}"),
+            config.resolve(config.override(cfg, f"train.seed={seed}")),
             workdir / f"{name}-seed-{int(seed)}".removeprefix("-"),
         )
         for name, cfg in configs.items()
@@ -121,8 +119,8 @@ def runs(
 def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
     """Run each, and report on all together; how many of several failed.
 
-    One that fails stops no other: its error is printed and the next begins. Seeds of one
-    config share base and compiled programs.
+    One that fails stops no other, but of a run of several processes: its error is printed
+    and the next begins. Seeds of one config share base and compiled programs.
     """
     (cfg, folder), failed = planned[0], 0
     if len(planned) == 1:
@@ -139,6 +137,8 @@ def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
         try:
             run.run(cfg, folder, load)
         except aim_jax.InputError as error:
+            if jax.process_count() > 1:
+                raise  # the others may not know of it, and would wait for this one
             print(f"error: {folder}: {error}", file=sys.stderr)
             failed += 1
     workdir = pathlib.Path(_WORKDIR.value)

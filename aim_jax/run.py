@@ -131,14 +131,14 @@ def run(
         last = adapter(job, place, len(counts) - 1)
         before_after["after"] = held_out_scores(job, "after", last, seconds)
         facts["before_after"] = before_after if job.held_out else None
-    single = None
-    if cfg.eval.fwt:
-        single = [single_score(job, n, inputs, seconds) for n in range(len(counts))]
-    seconds["total"] = before + time.perf_counter() - began
-    results = write_results(job, facts, single, finished=True)
-    write_report(folder)
-    if logs.leads:
-        shutil.rmtree(folder / "single", ignore_errors=True)
+        single = None
+        if cfg.eval.fwt:
+            single = [single_score(job, n, inputs, seconds) for n in range(len(counts))]
+        seconds["total"] = before + time.perf_counter() - began
+        results = write_results(job, facts, single, finished=True)
+        write_report(folder)
+        if logs.leads:
+            shutil.rmtree(folder / "single", ignore_errors=True)
     return results
 
 
@@ -169,13 +169,16 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
-    there = next(
-        p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()
-    )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise aim_jax.InputError(
-            f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
-        )
+    written = [folder]
+    if cfg.eval.fwt and not finished(folder):
+        written.append(alone_folder(folder))
+    for wanted in written:
+        above = (wanted.absolute(), *wanted.absolute().parents)
+        there = next(p for p in above if p.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise aim_jax.InputError(
+                f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
+            )
 
 
 def finished(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -309,6 +312,7 @@ def train_task(
     place: where to begin, in the task or before it; show: `logs.board` from this task on.
     """
     began = time.perf_counter()
+    before = seconds["train"]
     task = jobs.lesson(job, number)
     bar.set_description(f"task {number + 1}/{len(job.stream)} {task.name}")
 
@@ -320,7 +324,11 @@ def train_task(
             names = ("loss", "history", "interval")
             logs.show(bar, {name: row.get(name) for name in names})
 
-    place = train(job, job.method, task, place, log, save)
+    def timed(place: Place) -> None:
+        seconds["train"] = before + time.perf_counter() - began
+        save(place)
+
+    place = train(job, job.method, task, place, log, timed)
     if not task.train:
         return place
     folder = job.folder / "adapters" / _numbered(job, number)
@@ -330,7 +338,7 @@ def train_task(
             hf.save_adapter(
                 folder, made, job.base.keys, job.cfg.lora, job.cfg.model.path
             )
-    seconds["train"] += time.perf_counter() - began
+    seconds["train"] = before + time.perf_counter() - began
     return place
 
 
@@ -412,7 +420,7 @@ def train(
         moved = state is not trained or memo.arrays is not arrays
         if going_on and (moved or not cfg.parallel.speculate):
             ahead = dispatch(state, memo, step + 1)
-        if step % cfg.train.eval_every == 0:
+        if validation and step % cfg.train.eval_every == 0:
             running = composed(method, state.delta, memo)
             loss = _validation_loss(job, running, validation)
             log(logs.METRICS, {"step": step, "validation": loss})
@@ -500,7 +508,7 @@ def synthesise(
 ) -> list[batches.Row]:
     """The rows that the model writes after task `number` for the memory; they are saved."""
     began = time.perf_counter()
-    cfg, task, params = job.cfg, job.stream[number], job.base.params
+    cfg, task = job.cfg, job.stream[number]
     key = jobs.key(cfg, task)
     base_alone = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), place.state.delta)
     seed = jax.random.fold_in(jax.random.key(key[0]), key[1])
@@ -528,7 +536,7 @@ def synthesise(
     vocabulary = job.text.tokenizer.get_vocab()
     rows = synthesis.write(
         task.name,
-        memory.sample(earlier, cfg.memory.percent, cfg.memory.rule)[-1],
+        memory.sample(earlier, cfg.memory.percent, "exact")[-1],
         cfg.memory,
         key,
         gaps=job.base.family.KIND == "encdec"
@@ -538,7 +546,7 @@ def synthesise(
             len(e.inputs) <= cfg.data.max_input for e in encoded(inputs)
         ],
         embed=lambda inputs: evaluate.embed(
-            hf.flatten(params)[job.base.family.EMBEDDING],
+            job.base.embedding,
             job.text,
             encoded(inputs),
             cfg.eval.batch_size,
@@ -583,7 +591,7 @@ def single_score(
     """Score of a fresh adapter trained on task `number` alone, for FWT.
 
     It does not depend on the method, so its predictions are kept beside the run, in
-    `single/`, for every run of the same data, model and training, and copied into it.
+    `.single/`, for every run of the same data, model and training, and copied into it.
     """
     task = job.stream[number]
     data = {
@@ -598,13 +606,18 @@ def single_score(
         ("eval", "before_after"),
     ):
         data[section].pop(field)
-    key = json.dumps([data, task.name, job.base.fingerprint], sort_keys=True)
+    key = json.dumps([data, *task, job.base.fingerprint], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    file = job.folder.parent / "single" / f"{task.name}-{digest}.jsonl"
+    file = alone_folder(job.folder) / f"{task.name}-{digest}.jsonl"
     score = kept_score(file, functools.partial(learn_alone, job, task, inputs, seconds))
     own = job.folder / "predictions" / "single" / f"{task.name}.jsonl"
     logs.write(own, file.read_text("utf-8"))
     return score
+
+
+def alone_folder(folder: pathlib.Path) -> pathlib.Path:
+    """What the run in `folder` shares with those beside it: scores of single tasks."""
+    return folder.absolute().parent / ".single"
 
 
 def learn_alone(

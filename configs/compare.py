@@ -5,7 +5,7 @@ python -m aim_jax.main --config configs/compare.py --workdir runs/compare --seed
 All have the same rows, base, epochs and scoring; what a method takes beyond that
 (rehearsal and probe steps, memory, FLOPs) is counted and stands in the table, which
 runs/compare/report.html opens with. The same command resumes; a run that fails stops no
-other. Any benchmark: --set data.benchmark=standard_cl --set data.order=4 --set
+other, where one process runs all. Any benchmark: --set data.benchmark=standard_cl --set data.order=4 --set
 data.root=DATA. Scores of a smaller run: docs/methods.md.
 """
 

@@ -25,8 +25,9 @@ while [ $# -gt 0 ]; do
 done
 [ ${#arguments[@]} -gt 0 ] || usage
 case $per in
-node) tasks=1 ;;
-gpu) tasks=$gpus ;;
+# Without being told, JAX gives a process of SLURM one GPU.
+node) tasks=1 mine="export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))" ;;
+gpu) tasks=$gpus mine= ;;
 *) usage ;;
 esac
 options=(--job-name=aim_jax "--nodes=$nodes" "--ntasks-per-node=$tasks"
@@ -37,7 +38,8 @@ job=$(
 #!/usr/bin/env bash
 # SIGTERM is for the processes of the run; this shell waits for them.
 trap : TERM
-srun --kill-on-bad-exit=1 $PWD/.venv/bin/python -m aim_jax.main$(printf ' %q' "${arguments[@]}") --distributed --preempted_status=75
+$mine
+srun --kill-on-bad-exit=1 $(printf %q "$PWD")/.venv/bin/python -m aim_jax.main$(printf ' %q' "${arguments[@]}") --distributed --preempted_status=75
 status=\$?
 if [ \$status = 75 ]; then
     exec scontrol requeue "\$SLURM_JOB_ID"

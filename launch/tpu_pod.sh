@@ -3,10 +3,11 @@
 #   bash launch/tpu_pod.sh [--dry-run] --name NAME --zone ZONE --type v5litepod-16
 #       [--version v2-alpha-tpuv5-lite] [--spot] [--bucket BUCKET] [--keep]
 #       --config FILE --workdir runs/X ...
-# Creates the slice or uses the one there is, installs this working tree on all workers, runs,
-# shows the log of all, fetches the workdir and deletes the slice (--keep leaves it). When the
-# slice is preempted it is made anew and the run goes on. A slice of several hosts needs a
-# bucket, mounted on all of them: it holds the workdir, which must be a path below runs/.
+# Creates the slice or uses the one there is, installs this working tree (but for what git
+# ignores) on all workers, runs, shows the log of all, fetches the workdir and deletes the
+# slice (--keep leaves it). When the slice is preempted it is made anew and the run goes on. A
+# slice of several hosts needs a bucket, mounted on all of them: it holds the workdir, which
+# must be a path below runs/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/run.sh
@@ -41,16 +42,16 @@ everywhere() {
 }
 
 provide() {
-    local now
+    local now archive
+    archive=$(mktemp -d)/aim_jax.tar.gz
+    # shellcheck disable=SC2016
+    run bash -o pipefail -c 'git ls-files -zco --exclude-standard | tar -czf "$0" --null -T -' "$archive"
     now=$(state)
     if [ "$now" != READY ]; then
         [ -z "$now" ] || run "${tpu[@]}" delete "${where[@]}" --quiet
         run "${tpu[@]}" create "${where[@]}" "--accelerator-type=$type" "--version=$version" \
             "${spot[@]}"
     fi
-    local archive
-    archive=$(mktemp -d)/aim_jax.tar.gz
-    run git archive --format=tar.gz -o "$archive" HEAD
     run "${tpu[@]}" scp "$archive" "$name:aim_jax.tar.gz" "--zone=$zone" --worker=all
     everywhere "mkdir -p aim_jax && tar xzf aim_jax.tar.gz -C aim_jax && cd aim_jax && \
 python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]'"

@@ -138,6 +138,24 @@ def test_another_method_keeps_what_both_have():
     assert dataclasses.replace(swapped, method=cfg.method) == cfg
 
 
+def test_another_method_has_its_own_defaults():
+    file = ROOT / "configs/quickstart.py"
+    for name in ("replay_interval", "recurrent_kif"):
+        options = config.load(file, [f"method.name={name}"]).method
+        assert options == methods.module(name).Options()
+    options = config.override(
+        put(DEFAULT, "method.rehearsal", 5), "method.name=forever"
+    )
+    assert options.method.rehearsal == 5  # what was chosen goes over
+
+
+def test_the_merge_at_the_end_needs_the_adapter_of_the_end():
+    merging = put(DEFAULT, "method.merge_at_end", True)
+    with pytest.raises(aim_jax.InputError, match="needs train.select=last"):
+        config.resolve(merging)
+    config.resolve(put(merging, "train.select", "last"))
+
+
 def test_the_method_comes_before_its_fields(tmp_path):
     file = write(
         tmp_path,
@@ -212,6 +230,9 @@ def test_the_preset_is_read_after_the_overrides():
             math.nan,
             "train.learning_rate: nan must be at least 0",
         ),
+        ("train.seed", -1, "-1 must be at least 0 and at most 4294967295"),
+        ("eval.max_length", 1, "eval.max_length: 1 must be at least 2"),
+        ("memory.top_p", 0.0, "0.0 must be at least 1e-06 and at most 1"),
         ("train.average", "mean", "no 'mean'; there are micro_batch, token"),
         ("train.select", "first", "train.select: no 'first'; there are best, last"),
         ("lora.alpha", "16", "lora.alpha: '16' must be float"),
@@ -455,5 +476,6 @@ def test_the_method_page_has_every_field_of_the_presets_and_settings_that_load()
         )
         for path in config.PRESETS["release"]
     }
-    for setting in re.findall(r"--set (\S+?=\w+)", page):
-        config.load(ROOT / "configs/quickstart.py", [setting])
+    for line in page.splitlines():
+        settings = re.findall(r"--set (\S+?=\w+)", line)
+        config.load(ROOT / "configs/quickstart.py", settings)

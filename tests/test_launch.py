@@ -142,6 +142,9 @@ def test_slurm_would_submit_a_job_that_goes_back_into_the_queue(project, per, ta
     script = "\n".join(lines[1:])
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert f"/{MAIN} --distributed --preempted_status=75" in script
+    # Else JAX gives each process of SLURM one GPU.
+    own = "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n"
+    assert (own in script) == (per == "node")
     # The job's own shell, with stand-ins for the cluster.
     for status, wanted in ((75, "requeue 17"), (0, "status 0"), (2, "status 2")):
         end = f'srun() {{ return {status}; }}; scontrol() {{ echo "$@"; }}\n'
@@ -164,9 +167,9 @@ def test_tpu_pod_would_create_install_run_fetch_and_delete(project):
     lines = dry(project, "tpu_pod.sh", *TPU, "--spot", "--bucket", "b", *JOB)
     told = "\n".join(lines)
     parts = [
+        "git\\ ls-files",
         "tpu-vm create n --zone=z --accelerator-type=v5litepod-16",
         "--spot",
-        "git archive",
         "scp",
         "--worker=all",
         "pip\\ install\\ -q\\ -r\\ requirements.txt",

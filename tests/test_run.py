@@ -99,7 +99,7 @@ def test_results_and_files(whole):
     assert results["fwt"] == pytest.approx(
         np.mean([matrix[j][j] - results["single"][j] for j in range(3)])
     )
-    assert len(list((folder.parent / "single").glob("*.jsonl"))) == 3
+    assert len(list((folder.parent / ".single").glob("*.jsonl"))) == 3
     for j, task in enumerate(TASKS):
         made = rows(folder / "predictions" / "single", f"{task}.jsonl")
         assert np.mean([r["score"] for r in made]) == pytest.approx(
@@ -318,6 +318,9 @@ def test_a_memory_that_lacks_a_task_or_is_broken_is_named(whole, tmp_path):
     file.write_text('{"input": "a\u2028", "output": "b"}\n{"input"\n', "utf-8")
     with pytest.raises(aim_jax.InputError, match=f"01-{TASKS[1]}.jsonl: row 1 .*JSON"):
         jobs.prepare(cfg, tmp_path / "run")
+    file.write_bytes(b'{"input": "\xff", "output": "b"}\n')
+    with pytest.raises(aim_jax.InputError, match=f"01-{TASKS[1]}.jsonl: not UTF-8"):
+        jobs.prepare(cfg, tmp_path / "run")
     file.unlink()
     with pytest.raises(aim_jax.InputError, match=f"no NN-{TASKS[1]}.*{TASKS[0]}"):
         jobs.prepare(cfg, tmp_path / "run")
@@ -516,6 +519,67 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(unfinished):
     assert rows(unfinished, logs.METRICS)
 
 
+def test_held_out_rows_that_changed_are_named(tmp_path):
+    file = tmp_path / "held/test/mine.json"
+    file.parent.mkdir(parents=True)
+    made = synthetic.task(TASKS[0], 1, *SIZES)["test"]
+    cfg = make(eval__before_after=(str(tmp_path / "held"),))
+    found = []
+    for rows in (made[:2], made[:3]):
+        file.write_text(json.dumps(rows))
+        found.append(jobs.fingerprints(jobs.prepare(cfg, tmp_path / "run")))
+    first, second = found
+    changed = [name for name in first if first[name] != second[name]]
+    assert changed == ["the rows of held-out task 'mine'"]
+
+
+def test_scores_of_single_tasks_are_those_of_their_rows(tmp_path, monkeypatch):
+    made = iter([1.0, 0.0, 0.5])
+
+    def learn_alone(job, task, inputs, seconds):
+        score = next(made)
+        row = {"input": "i", "label": "l", "prediction": "p", "score": score}
+        return [{"id": "0"} | row]
+
+    monkeypatch.setattr(run, "learn_alone", learn_alone)
+    job = jobs.prepare(make(), tmp_path / "first")
+
+    def score(job):
+        return run.single_score(job, 0, {}, {})
+
+    assert score(job) == score(dataclasses.replace(job, folder=tmp_path / "b")) == 1
+    task = job.stream[0]
+    for changed in (
+        task._replace(train=task.train[1:]),
+        task._replace(metric="rouge_l"),
+    ):
+        other = dataclasses.replace(job, stream=[changed, *job.stream[1:]])
+        assert score(other) < 1
+
+
+def test_a_run_may_have_the_name_of_what_runs_share(tmp_path):
+    for name in ("other", "single", ".single"):
+        (tmp_path / ".single").mkdir(exist_ok=True)
+        (tmp_path / ".single" / "a.jsonl").touch()
+        if name == ".single":
+            with pytest.raises(aim_jax.InputError, match="holds no run"):
+                run.claim(make(eval__fwt=True), tmp_path / name)
+        else:
+            run.claim(make(eval__fwt=True), tmp_path / name)
+
+
+def test_without_validation_rows_the_last_adapter_is_kept(tmp_path):
+    ends = [
+        run.run(make(data__tasks=TASKS[:1], **changes), tmp_path / str(i))
+        for i, changes in enumerate(
+            ({"train__validation_rows": 0}, {"train__select": "last"})
+        )
+    ]
+    assert ends[0]["matrix"] == ends[1]["matrix"]
+    ours, theirs = (adapter(tmp_path / str(i), 0) for i in range(2))
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+
+
 def test_two_processes_do_not_share_a_run(unfinished):
     with logs.alone(unfinished):
         with pytest.raises(aim_jax.InputError, match="another process is at work"):
@@ -528,6 +592,11 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path, monkeypat
     with pytest.raises(aim_jax.InputError, match=f"'{tmp_path}' cannot be written to"):
         run.run(make(), tmp_path / "a" / "run")
     assert not list(tmp_path.iterdir())
+    # Scores of single tasks lie beside the run.
+    (tmp_path / "run").mkdir()
+    run.claim(make(), tmp_path / "run")
+    with pytest.raises(aim_jax.InputError, match=f"'{tmp_path}' cannot be written to"):
+        run.claim(make(eval__fwt=True), tmp_path / "run")
 
 
 def test_a_run_killed_while_it_wrote_its_config_begins_anew(tmp_path):

@@ -106,8 +106,8 @@ class Method(NamedTuple):
         `b`, in a tree like the delta; else they are None
     before_task(tools, state, memo) -> (state, memo)  host
     after_step(tools, state, memo, signals) -> (state, memo, record or None)
-        host; a state other than the one given means that a merge took place, and `record`
-        (a flat dict) becomes a row of merges.jsonl
+        host; a state other than the one given means that the adapter was rehearsed or
+        merged; `record` (a flat dict), where it was merged, becomes a row of merges.jsonl
     after_task(tools, state, memo) -> (state, memo)   host
     adapter(delta, memo, number) -> adapter
         host: what task `number` is evaluated with and exported, where that is not what

@@ -13,12 +13,14 @@ steps of a rehearsal and how the days go on.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+import aim_jax
 from aim_jax import methods
 
 
@@ -54,7 +56,14 @@ def make(options: Options) -> methods.Method:
 
 
 def scheduled(options: Options, tick) -> methods.Method:
-    """Rehearsal on a clock that `tick(signals)` moves on."""
+    """Rehearsal on a clock that `tick(signals)` moves on.
+
+    Raises InputError for days that do not come one after another.
+    """
+    if not options.days or any(
+        b <= a for a, b in itertools.pairwise((0, *options.days))
+    ):
+        raise aim_jax.InputError(f"method.days: {options.days} must be days that rise")
 
     def start(delta, tasks):
         return methods.Memo({"anchor": delta, "beta": jnp.float32(0)}, Clock())

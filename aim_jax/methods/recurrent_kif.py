@@ -63,6 +63,8 @@ def make(options: Options) -> methods.Method:
         rehearsed, losses = tools.rehearse(state, memo, signals.step, options.rehearsal)
         fused, share = merge(options, memo.arrays["origin"], state.delta, rehearsed)
         record = {
+            "interval": options.interval,
+            "rehearsal": options.rehearsal,
             "weights": [float(share), 1 - float(share)],
             "rehearsal_loss": [losses[0], losses[-1]] if losses else [],
         }

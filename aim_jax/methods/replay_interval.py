@@ -1,6 +1,6 @@
 """Replay at a fixed interval: after every so many steps of a task, some on the memory.
 
-A step on the memory is an update on a batch of it, at the rate of the step before and
+A step on the memory is an update on a batch of it, at the rate of the next step and
 with the same optimizer. Source: fixed-interval replay, the control of AimMerging's
 adaptive interval (arXiv 2509.17348) and of FOREVER's schedules (arXiv 2601.03938).
 """
