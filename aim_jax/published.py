@@ -24,7 +24,7 @@ NAMES = {
     "forever": ("FOREVER",),
     "inc_lora": ("IncLoRA",),
     "magmax": ("MagMax",),
-    "migu": ("MIGU", "LoRA + MIGU"),
+    "migu": ("LoRA + MIGU",),
     "multitask": ("MTL",),
     "olora": ("O-LoRA",),
     "recurrent_kif": ("Recurrent-KIF",),
@@ -33,7 +33,6 @@ NAMES = {
     "sequential": ("SeqLoRA",),
     "single": ("PerTaskFT",),
     "slao": ("SLAO",),
-    "ssr": ("SSR",),
     "tasl": ("TaSL",),
 }
 

@@ -19,7 +19,7 @@ class Task(NamedTuple):
 
     steps, validations, merges: rows of metrics.jsonl and merges.jsonl.
     predictions: rows of the last evaluation of the task.
-    before: id -> score right after the task was learnt.
+    before: the score of each of them right after the task was learnt.
     """
 
     number: int
@@ -28,7 +28,7 @@ class Task(NamedTuple):
     validations: list[Row]
     merges: list[Row]
     predictions: list[Row]
-    before: dict[str, float]
+    before: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def load(path: pathlib.Path) -> Run:
         steps = [r for r in own if "validation" not in r]
         checks = [r for r in own if "validation" in r]
         merged = [r for r in merges if r["task"] == i]
-        scored = predictions.get(name, ([], {}))
+        scored = predictions.get(name, ([], []))
         tasks.append(Task(i + 1, name, steps, checks, merged, *scored))
     newest = max(p.stat().st_mtime for p in path.iterdir() if p.name in _MARKS)
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC)
@@ -316,8 +316,8 @@ def rows(
 
 def _predictions(
     path: pathlib.Path, finished: bool, notes: list[str]
-) -> dict[str, tuple[list[Row], dict[str, float]]]:
-    """Task name -> (rows of its last evaluation, id -> score just after learning it)."""
+) -> dict[str, tuple[list[Row], list[float]]]:
+    """Task name -> (rows of its last evaluation, their scores just after learning it)."""
     last: dict[str, pathlib.Path] = {}
     own: dict[str, pathlib.Path] = {}
     stages = [p for p in path.glob("predictions/*-*") if p.name.split("-")[0].isdigit()]
@@ -330,10 +330,10 @@ def _predictions(
     def read(file: pathlib.Path) -> list[Row]:
         return rows(file, PREDICTION, finished, notes)
 
-    return {
-        name: (
-            read(file),
-            {str(r["id"]): r["score"] for r in read(own.get(name, file))},
-        )
-        for name, file in last.items()
-    }
+    found = {}
+    for name, file in last.items():
+        now, then = read(file), read(own.get(name, file))
+        if len(now) != len(then):
+            then = now
+        found[name] = now, [row["score"] for row in then]
+    return found

@@ -298,17 +298,18 @@ def _training(number: int, run: records.Run) -> list[str]:
 
 def _predictions(task: records.Task) -> str:
     """Rows of a task, worst first, and among equals first those that were right before."""
-    rows = sorted(
-        task.predictions,
-        key=lambda r: (r["score"], -task.before.get(str(r["id"]), r["score"])),
-    )
+    rows = [
+        row | {"before": before}
+        for row, before in zip(task.predictions, task.before, strict=True)
+    ]
+    rows.sort(key=lambda r: (r["score"], -r["before"]))
     wrong = [r for r in rows if r["score"] < 1]
-    lost = sum(task.before.get(str(r["id"]), r["score"]) > r["score"] for r in wrong)
+    lost = sum(r["before"] > r["score"] for r in wrong)
     table = tables.Table(
         ["id", "input", "label", "prediction", "score", "when learnt"],
         [
             [str(r["id"]), _cut(r["input"]), r["label"], r["prediction"]]
-            + [tables.score(r["score"]), tables.score(task.before.get(str(r["id"])))]
+            + [tables.score(r["score"]), tables.score(r["before"])]
             for r in rows[:PREDICTIONS]
         ],
         left=4,

@@ -49,10 +49,9 @@ def rescore(run: records.Run, scheme: str) -> records.Run:
         scoring = metrics.relevant(stream[j], rules.op)
         last, own = stages[max(len(run.matrix) - 1, 0)], stages[j]
         marks = zip(rows(last, j), row_scores(last, j, scoring), strict=True)
-        before = zip(rows(own, j), row_scores(own, j, scoring), strict=True)
         return task._replace(
             predictions=[row | {"score": value} for row, value in marks],
-            before={str(row["id"]): value for row, value in before},
+            before=row_scores(own, j, scoring) or row_scores(last, j, scoring),
         )
 
     alone = single(rules.op)

@@ -182,8 +182,9 @@ def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float |
     """Computation of `runs` beyond the cheapest training on their stream, as part of it."""
     own = stat(runs, "token_passes")
     alike = [g.runs for g in groups if g.runs[0].names == runs[0].names]
-    trained = [s.mean for r in alike if (s := stat(r, "train_tokens"))]
-    return own.mean / min(trained) - 1 if own and any(trained) else None
+    trained = [s.mean for r in alike if (s := stat(r, "train_tokens")) and s.mean]
+    known = own and own.mean and trained
+    return own.mean / min(trained) - 1 if known else None
 
 
 def held_out_table(groups: Sequence[Group]) -> Table:
@@ -324,7 +325,7 @@ def _data(run: records.Run) -> str:
     total = {k: sum(rows.get(k, 0) for rows in used) for k in used[0]}
     sizes = " / ".join(f"{total.get(s, 0)} {s}" for s in ("train", "dev", "test"))
     text = f"{sizes} rows; {total.get('dropped', 0)} dropped because of leaks"
-    text += f", {total.get('dev_in_test', 0)} dev rows in use are test rows"
+    text += f", {total.get('dev_in_test', 0)} of the dev rows are test rows"
     return f"{text}; limits: {limits([run])}" if limits([run]) else text
 
 

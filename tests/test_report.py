@@ -216,6 +216,18 @@ def test_costs_are_ranked_by_op(tmp_path, runs):
     assert "| 1 | sequential | 90.0" in (tmp_path / "out.md").read_text()
 
 
+def test_a_run_without_training_has_no_cost_to_compare_with(tmp_path, runs):
+    cfg = config.Config(
+        data=config.Data(benchmark="standard_cl", order=4),
+        train=config.Train(epochs=0),
+    )
+    still = make_run(tmp_path / "still", cfg=cfg)
+    edit_results(still, work={"extra_bytes": 0, "train_tokens": 0})
+    report.write([still, runs], tmp_path / "out.html")
+    _, costs = page(tmp_path / "out.html").tables[:2]
+    assert {row[-2] for row in costs[1:]} == {"0 %", "60 %", "–"}
+
+
 def test_run_that_did_not_count_its_work_has_no_costs(tmp_path):
     run = make_run(tmp_path / "run")
     edit_results(run, work=None)
@@ -474,6 +486,19 @@ def test_wrong_answers_come_first_and_forgotten_ones_before_those(tmp_path):
         "topic: 24 of 80 not fully right, 16 of them better just after" in parsed.text
     )
     assert "30 more rows are left out, 0 of them not fully right." in parsed.text
+
+
+def test_rows_of_the_same_id_keep_their_own_scores(tmp_path):
+    run = make_run(tmp_path / "run")
+    for stage, scores in (("00-topic", (1, 0)), ("02-entailment", (0, 0))):
+        rows = [
+            {"id": "x", "input": "i", "label": "l", "prediction": "p", "score": score}
+            for score in scores
+        ]
+        write_rows(run / "predictions" / stage / "topic.jsonl", rows)
+    report.write([run], tmp_path / "out.html")
+    text = page(tmp_path / "out.html").text
+    assert "topic: 2 of 2 not fully right, 1 of them better just after" in text
 
 
 def test_long_inputs_are_cut(tmp_path):
