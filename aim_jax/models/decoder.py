@@ -33,7 +33,7 @@ RULES = (
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 Cache = dict[str, Any]
-KeyValues = tuple[jax.Array, jax.Array]
+KeyValues = layers.KeyValues
 
 
 class Kind(NamedTuple):
@@ -256,9 +256,9 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, cache: KeyValues | None, place: jax.Array, own: Tables
     ) -> tuple[jax.Array, KeyValues]:
-        """Output at the last `keep` positions, and the keys and values (b, k, s, d).
+        """Output at the last `keep` positions, and the new keys and values (b, k, t, d).
 
-        With a `cache` the new keys and values are written into it at `place`.
+        With a `cache` those in it are seen too; the new ones take their `place` there.
         """
         c = self.config
 
@@ -277,14 +277,9 @@ class Attention(nn.Module):
         q_bhtd = (q_bhtd * c.query_scale).astype(c.dtype)
         k_bksd = rotate(heads("k", x, c.kv_heads), own.cos, own.sin).astype(c.dtype)
         new = k_bksd, heads("v", x, c.kv_heads)
-        if cache is not None:
-            new = jax.tree.map(
-                lambda old, kv: jax.lax.dynamic_update_slice_in_dim(old, kv, place, 2),
-                cache,
-                new,
-            )
+        seen = new if cache is None else layers.put(cache, new, place)
         key = layers.Dropout(c.dropout).key()
-        out = layers.attend(q_bhtd, *new, last.bias, c.dropout, key, c.attention)
+        out = layers.attend(q_bhtd, *seen, last.bias, c.dropout, key, c.attention)
         return dense("o", c.width, False)(layers.merge_heads(out)), new
 
 
@@ -305,9 +300,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block: (x, (kind, cache)) -> (x at the last `keep` positions, new cache).
+    """One block: (x, (kind, cache)) -> (x at the last `keep` positions, new keys, values).
 
-    Without `caching` no cache goes out.
+    Without `caching` these do not go out.
     """
 
     config: Config
@@ -328,7 +323,7 @@ class Layer(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return layers.RMSNorm(c.eps, c.norm_offset, name=name)(x)
 
-        h, cache = Attention(c, self.keep, name="attention")(
+        h, new = Attention(c, self.keep, name="attention")(
             norm("attention_norm", x),
             cache,
             place,
@@ -337,7 +332,7 @@ class Layer(nn.Module):
         x = x[:, -self.keep :] + (norm("attention_out_norm", h) if c.sandwich else h)
         h = MLP(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("mlp_out_norm", h) if c.sandwich else h)
-        return layers.by_rows(x), cache if self.caching else None
+        return layers.by_rows(x), new if self.caching else None
 
 
 class Model(nn.Module):
@@ -418,8 +413,12 @@ class Model(nn.Module):
         logits, new = self._advance(
             token[:, None], shared, 1, cache, prompt + index, caching=True
         )
-        new |= {"written": written + 1, "index": (index + 1) % length}
-        return logits[:, 0], {**cache, **new}
+        # Written here and not by the layers, whose results a scan would copy whole.
+        kept = {
+            name: layers.put(cache[name], new[name], prompt + index) for name in new
+        }
+        kept |= {"written": written + 1, "index": (index + 1) % length}
+        return logits[:, 0], {**cache, **kept}
 
     def widen(self, cache: Cache, extra: int) -> Cache:
         """The cache with room for prompts of `extra` more tokens."""

@@ -35,6 +35,7 @@ REMAT = {
 
 # Finite, so that a row without any visible position stays free of NaN.
 MASKED = -1e9
+KeyValues = tuple[jax.Array, jax.Array]
 
 
 class Dense(nn.Module):
@@ -388,6 +389,15 @@ def widen(x: jax.Array, before: int, axis: int, after: int = 0) -> jax.Array:
     room = [(0, 0)] * x.ndim
     room[axis] = (before, after)
     return jnp.pad(x, room)
+
+
+def put(cache: KeyValues, new: KeyValues, place: jax.Array | int) -> KeyValues:
+    """Keys and values (..., s, d) with `new` ones (..., t, d) from `place` on."""
+
+    def write(old: jax.Array, kv: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, kv, place, old.ndim - 2)
+
+    return jax.tree.map(write, cache, new)
 
 
 def stack(

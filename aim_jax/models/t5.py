@@ -177,13 +177,13 @@ class Attention(nn.Module):
         x: jax.Array,
         source: jax.Array | None,
         bias: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None = None,
+        cache: layers.KeyValues | None = None,
         index: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The output, and the keys and values it saw, each (b, h, s, d).
+    ) -> tuple[jax.Array, layers.KeyValues | None]:
+        """The output, and the new keys and values, each (b, h, s, d).
 
         source: what keys and values are made of; None takes those of `cache`. With an
-        `index` the new keys and values are written into `cache` at that position.
+        `index` those are seen too, but for that position, which the new ones take.
         """
         c = self.config
 
@@ -194,20 +194,13 @@ class Attention(nn.Module):
             return layers.split_heads(dense(name)(y), c.heads)
 
         q_bhtd = heads("q", x)
+        new, seen = None, cache
         if source is not None:
             new = heads("k", source), heads("v", source)
-            if index is not None:
-                new = jax.tree.map(
-                    lambda old, kv: jax.lax.dynamic_update_slice_in_dim(
-                        old, kv, index, axis=2
-                    ),
-                    cache,
-                    new,
-                )
-            cache = new
+            seen = new if index is None else layers.put(cache, new, index)
         key = layers.Dropout(c.dropout).key()
-        out = layers.attend(q_bhtd, *cache, bias, c.dropout, key)
-        return dense("o", c.width)(layers.merge_heads(out)), cache
+        out = layers.attend(q_bhtd, *seen, bias, c.dropout, key)
+        return dense("o", c.width)(layers.merge_heads(out)), new
 
 
 class MLP(nn.Module):
@@ -232,7 +225,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One encoder or decoder block: (x, cache) -> (x, cache); the encoder has no cache."""
+    """One encoder or decoder block: (x, cache) -> (x, new keys and values, if it has one)."""
 
     config: Config
     cross: bool
@@ -284,7 +277,7 @@ class Stack(nn.Module):
         index: jax.Array | None = None,
         ago: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any] | None]:
-        """Output (b, t, i) and new cache; `visible` broadcasts to (b, 1, t, s).
+        """Output (b, t, i), new keys and values; `visible` broadcasts to (b, 1, t, s).
 
         With a cache x is one token, written to `index`; `ago` as `layers.age` says it.
         """
@@ -300,7 +293,7 @@ class Stack(nn.Module):
             cross_bias = layers.mask_bias(encoder_visible)
         count = c.decoder_layers if self.decoder else c.encoder_layers
         scanned = layers.stack(Layer, count, 4, c.remat)
-        x, cache = scanned(c, self.decoder, name="layers")(
+        x, new = scanned(c, self.decoder, name="layers")(
             dropout(x),
             cache,
             encoded,
@@ -308,7 +301,7 @@ class Stack(nn.Module):
             cross_bias,
             index,
         )
-        return dropout(layers.RMSNorm(c.eps, name="norm")(x)), cache
+        return dropout(layers.RMSNorm(c.eps, name="norm")(x)), new
 
 
 def _inputs_seen(batch: dict[str, jax.Array], numbers: jax.Array | None) -> jax.Array:
@@ -412,14 +405,18 @@ class Model(nn.Module):
         index, written = cache["index"], cache["written"]
         length = cache["layers"]["own"][0].shape[3]
         ago, visible = layers.age(index, length, written)
-        x, kept = self.decoder(
+        old = cache["layers"]
+        x, new = self.decoder(
             self.shared(token[:, None]),
             encoded,
             visible[:, None, None],
             cache["mask"][:, None, None],
-            cache["layers"],
+            old,
             index,
             ago,
         )
+        # Written here and not by the layers, whose results a scan would copy whole.
+        own = layers.put(old["own"], new["own"], index)
+        kept = {"own": own, "cross": new["cross"] or old["cross"]}
         new = {"layers": kept, "written": written + 1, "index": (index + 1) % length}
         return self.logits(x[:, 0]), {**cache, **new}
