@@ -34,11 +34,17 @@ def open(folder: pathlib.Path, keep: int) -> Iterator[Checkpointer]:
     When the context is left, all is on disk, or InputError raised.
     """
     policy = ocp.training.preservation_policies.LatestN(keep)
-    with Checkpointer(
+    checkpointer = Checkpointer(
         folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
-    ) as checkpointer:
+    )
+    try:
         yield checkpointer
         wait(checkpointer)
+    except BaseException:
+        with contextlib.suppress(Exception):  # What went wrong first is told.
+            checkpointer.close()
+        raise
+    checkpointer.close()
 
 
 def age(checkpointer: Checkpointer) -> float:

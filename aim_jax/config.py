@@ -281,6 +281,7 @@ BOUNDS = {
         (1e-6, math.inf),
     ),
     "memory.top_p": (1e-6, 1),
+    "lora.alpha": (1e-6, math.inf),
     "eval.max_length": (2, math.inf),  # one of them begins the answer of T5
     **dict.fromkeys(("train.seed", "data.seed"), (0, 2**32 - 1)),
     "memory.percent": (0, 100),
@@ -433,6 +434,12 @@ def differences(a: Config, b: Config) -> list[str]:
 
 def _typed(config: Config) -> Config:
     """`config` with its method's own options, which a bare name stands for."""
+    for section in dataclasses.fields(config):
+        part, kind = getattr(config, section.name), section.type
+        if not isinstance(part, kind):
+            raise aim_jax.InputError(
+                f"{section.name}: {part!r} must be a {kind.__module__}.{kind.__name__}"
+            )
     name = config.method.name
     if type(config.method) is methods.module(name).Options:
         return config

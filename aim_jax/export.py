@@ -60,7 +60,7 @@ def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
     """
     base = hf.load(dataclasses.replace(cfg.model, bits=16))
     results = source.parents[1] / "results.json"
-    began = json.loads(results.read_text())["model"] if results.is_file() else None
+    began = hf.read_json(results).get("model") if results.is_file() else None
     if began not in (None, base.fingerprint):
         raise aim_jax.InputError(
             f"model.path '{cfg.model.path}': its files have changed since the run began;"
@@ -86,7 +86,7 @@ def write(
     if not file.is_file():
         raise aim_jax.InputError(f"--workdir {workdir}: no config.json; not a run")
     check_new(out)
-    cfg = config.from_json(json.loads(file.read_text()))
+    cfg = config.from_json(hf.read_json(file))
     source = adapter(workdir, task)
     {"peft": peft, "merged": merged}[kind](cfg, source, out)
 
@@ -97,19 +97,25 @@ def check_new(out: pathlib.Path) -> None:
         raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
 
 
-def command(needed: Sequence[str], make: Callable[[pathlib.Path], None]) -> None:
+def command(
+    argv: Sequence[str], needed: Sequence[str], make: Callable[[pathlib.Path], None]
+) -> None:
     """A command that makes the folder --out: it ends with its name, or an error and 2.
 
-    needed: flags without which there is an error.
+    argv: what is no flag, after the command, which is an error; needed: flags without which
+    there is one.
     """
     values = flags.FLAGS
     # Weights are taken apart and written: no work for an accelerator, nor for its memory.
     jax.config.update("jax_platforms", "cpu")
-    with aim_jax.command(()):
+    with aim_jax.command(argv):
         for name in (*needed, "out"):
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
-        make(pathlib.Path(values.out))
+        try:
+            make(pathlib.Path(values.out))
+        except OSError as error:
+            raise aim_jax.InputError(f"--out {values.out}: {error}") from error
     print(values.out)
 
 
@@ -120,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     def make(out: pathlib.Path) -> None:
         write(pathlib.Path(values.workdir), values.format, out, values.task)
 
-    command(("workdir", "format"), make)
+    command(argv, ("workdir", "format"), make)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
             weights = [_number(text) for text in values.weights]
         fuse(folders, rule, out, weights, values.rank)
 
-    export.command(("method",), make)
+    export.command(argv[:1], ("method",), make)
 
 
 def _number(text: str) -> float:

@@ -232,6 +232,19 @@ def fingerprints(job: Job) -> dict[str, str]:
     }
 
 
+def too_long(job: Job, task: tasks.Task) -> int:
+    """How many test labels of a task that is scored by exact match no answer is long enough for."""
+    if task.metric != "exact":
+        return 0
+    counts = collections.Counter(row["output"] for row in task.test)
+    rows = [{"id": "", "input": "", "output": label} for label in counts]
+    lengths = [len(e.targets) for e in batches.encode(job.text, rows)]
+    most = (
+        job.cfg.eval.max_length
+    )  # with the start token, and a label with the end token
+    return sum(n for n, k in zip(counts.values(), lengths, strict=True) if k > most)
+
+
 def lesson(job: Job, number: int) -> Lesson:
     """Task `number` of the stream with what the earlier tasks leave it."""
     cfg, task = job.cfg, job.stream[number]

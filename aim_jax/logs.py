@@ -23,7 +23,7 @@ def append(file: pathlib.Path, row: dict[str, Any]) -> None:
     """Add one JSON line to `file`."""
     if not leads:
         return
-    with writing(file), file.open("a") as stream:
+    with writing(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
 
 
@@ -31,7 +31,7 @@ def cut(folder: pathlib.Path, task: int, step: int) -> None:
     """Drop the rows after `step` of `task`, which a resumed run writes again."""
     for file in (folder / METRICS, folder / MERGES):
         if file.is_file():
-            lines = file.read_text().splitlines()
+            lines = file.read_text("utf-8").splitlines()
             kept = [line for line in lines if _place(line) <= (task, step)]
             write(file, "".join(line + "\n" for line in kept))
 
@@ -44,7 +44,7 @@ def write(file: pathlib.Path, text: str) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
+        part.write_text(text, "utf-8")
         part.replace(file)
 
 

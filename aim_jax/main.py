@@ -41,19 +41,25 @@ def main(argv: list[str]) -> None:
         configs = config.sweep(_CONFIG.value or "", _SET.value)
         if not _WORKDIR.value:
             raise aim_jax.InputError("--workdir: name the folder of the run")
-        workdir = pathlib.Path(_WORKDIR.value)
+        workdir = pathlib.Path(_WORKDIR.value).expanduser()
         cache_compilations()
         connect()
         preemption.watch()
-        failed = run_all(runs(configs, workdir))
+        planned = runs(configs, workdir)
+        ended = run_all(planned)
+        if ended:
+            tell(ended, workdir)
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2)
     except preemption.Preempted:
-        print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
-        sys.exit(_PREEMPTED.value)
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130 if preemption.by_user() else _PREEMPTED.value)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print(
+            "\nstopped; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception:
         if not jax.distributed.is_initialized():
@@ -65,11 +71,18 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         leave(1)
-    if logs.leads:
-        print(tables.text(tables.results_table(report.load([workdir]))))
+    failed = len(planned) - len(ended)
     if failed:
         print(f"error: {failed} runs failed, see above", file=sys.stderr)
         sys.exit(2)
+
+
+def tell(folders: list[pathlib.Path], workdir: pathlib.Path) -> None:
+    """Print a table of the runs in `folders`, and write the report of a sweep."""
+    if folders != [workdir]:
+        run.write_report(workdir)
+    if logs.leads:
+        print(tables.text(tables.results_table(report.load(folders))))
 
 
 def connect() -> None:
@@ -103,7 +116,15 @@ def runs(
     """Config and folder of each run: `workdir`, or below it NAME, seed-N, NAME-seed-N.
 
     Side by side, so that they share the single-task runs of the same data and training.
+    Raises InputError for seeds that will not do, and where several would lie inside a run.
     """
+    if (_SEEDS.value or list(configs) != [""]) and (workdir / "config.json").is_file():
+        raise aim_jax.InputError(
+            f"--workdir {workdir}: holds a run; several runs need another folder"
+        )
+    for seed in _SEEDS.value:
+        if _SEEDS.value.count(seed) > 1:
+            raise aim_jax.InputError(f"--seeds: {seed} is there twice")
     if not _SEEDS.value:
         return [(cfg, workdir / name) for name, cfg in configs.items()]
     return [
@@ -116,34 +137,37 @@ def runs(
     ]
 
 
-def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> int:
-    """Run each, and report on all together; how many of several failed.
+def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> list[pathlib.Path]:
+    """Run each; the folders of those that did not fail.
 
     One that fails stops no other, but of a run of several processes: its error is printed
     and the next begins. Seeds of one config share base and compiled programs.
     """
-    (cfg, folder), failed = planned[0], 0
     if len(planned) == 1:
+        ((cfg, folder),) = planned
         run.run(cfg, folder)
-        return 0
+        return [folder]
 
     @functools.lru_cache(maxsize=1)
     def load(cfg: config.Config) -> jobs.Loaded:
         load.cache_clear()  # there may be no room for two bases
         return jobs.load_model(cfg)
 
+    ended = []
     for cfg, folder in planned:
         print(f"run {folder}")
         try:
             run.run(cfg, folder, load)
-        except aim_jax.InputError as error:
+            ended.append(folder)
+        except preemption.Preempted:
+            raise
+        except Exception as error:
             if jax.process_count() > 1:
                 raise  # the others may not know of it, and would wait for this one
+            if not isinstance(error, aim_jax.InputError):
+                traceback.print_exc()
             print(f"error: {folder}: {error}", file=sys.stderr)
-            failed += 1
-    workdir = pathlib.Path(_WORKDIR.value)
-    run.write_report(workdir)
-    return failed
+    return ended
 
 
 def cache_compilations() -> None:

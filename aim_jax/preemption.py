@@ -1,4 +1,4 @@
-"""SIGTERM, by which a scheduler takes its machine back: noted, and acted on between steps.
+"""SIGTERM, by which a scheduler takes its machine back, and Ctrl-C: acted on between steps.
 
 A step, or a batch of an evaluation, is never cut short. Whoever polls decides what to save.
 """
@@ -9,19 +9,20 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-_noticed = False
+_noticed: int | None = None  # the signal
 _asked = 0
 
 
 class Preempted(Exception):
-    """The machine is wanted back; whatever was computed is saved."""
+    """The machine is wanted back, or the user stops; whatever was computed is saved."""
 
 
 def watch() -> None:
-    """From now on note SIGTERM instead of dying of it."""
+    """From now on note SIGTERM, and the first Ctrl-C, instead of dying of it."""
     if jax.process_count() > 1:
         return  # JAX does, and has all processes stop at the same step.
     signal.signal(signal.SIGTERM, _note)
+    signal.signal(signal.SIGINT, _note)
 
 
 def noticed() -> bool:
@@ -33,7 +34,7 @@ def noticed() -> bool:
     _asked += 1
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(_asked)
-    return _noticed
+    return _noticed is not None
 
 
 def check() -> None:
@@ -42,7 +43,19 @@ def check() -> None:
         raise Preempted
 
 
+def by_user() -> bool:
+    """Whether what was noticed is Ctrl-C."""
+    return _noticed == signal.SIGINT
+
+
 def _note(number: int, frame: object) -> None:
     global _noticed
-    _noticed = True
-    logging.warning("SIGTERM: the state is saved after this step, then the run stops")
+    _noticed = number
+    again = ""
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        again = "; again Ctrl-C stops at once"
+    name = signal.Signals(number).name
+    logging.warning(
+        "%s: the state is saved after this step, then the run stops%s", name, again
+    )

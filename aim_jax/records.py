@@ -96,6 +96,8 @@ class Run:
     def stream(self) -> str:
         benchmark = self.settings.get("data.benchmark", "unknown benchmark")
         order = self.results.get("order", self.settings.get("data.order"))
+        if self.settings.get("data.tasks"):
+            order = None
         return benchmark if order is None else f"{benchmark}, order {order}"
 
     @property

@@ -424,6 +424,12 @@ def main(argv: Sequence[str]) -> None:
                 "--out FILE.html is missing: where to write the page"
             )
         out = pathlib.Path(flags.FLAGS.out)
+        for twin in (out.with_suffix(".md"), out.with_suffix(".json")):
+            if twin.exists() and not out.exists():
+                raise aim_jax.InputError(
+                    f"--out {out}: {twin} is there and would be replaced; choose another"
+                    " name or move it away"
+                )
         write([pathlib.Path(a) for a in argv[1:]], out, flags.FLAGS.scoring)
     except aim_jax.InputError as error:
         print(error, file=sys.stderr)

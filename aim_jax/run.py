@@ -79,6 +79,13 @@ def run(
         return done
     began = time.perf_counter()
     job = jobs.prepare(cfg, folder, load)
+    for task in (*job.stream, *job.held_out):
+        long = jobs.too_long(job, task)
+        if long:
+            print(
+                f"{task.name}: {long} of {len(task.test)} test labels are longer than an"
+                f" answer may be (eval.max_length={cfg.eval.max_length}); they score 0"
+            )
     inputs = jobs.fingerprints(job)
     with (
         logs.alone(folder),
@@ -176,8 +183,10 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
         above = (wanted.absolute(), *wanted.absolute().parents)
         there = next(p for p in above if p.exists())
         if not os.access(there, os.W_OK | os.X_OK):
+            also = " or eval.fwt=false (its scores lie beside a run)"
             raise aim_jax.InputError(
                 f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
+                f"{also if wanted != folder else ''}"
             )
 
 
@@ -661,7 +670,7 @@ def write_results(
     results = {
         "method": job.cfg.method.name,
         "benchmark": job.cfg.data.benchmark,
-        "order": job.cfg.data.order,
+        "order": None if job.cfg.data.tasks else job.cfg.data.order,
         "tasks": [t.name for t in job.stream],
         "metrics": [t.metric for t in job.stream],
         "rows": job.usage,

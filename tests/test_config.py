@@ -149,6 +149,15 @@ def test_another_method_has_its_own_defaults():
     assert options.method.rehearsal == 5  # what was chosen goes over
 
 
+@pytest.mark.parametrize(
+    ("section", "value"), [("method", "aim"), ("train", {"epochs": 1})]
+)
+def test_a_section_is_of_its_class(section, value):
+    wrong = dataclasses.replace(DEFAULT, **{section: value})
+    with pytest.raises(aim_jax.InputError, match=f"{section}: .* must be a aim_jax"):
+        config.resolve(wrong)
+
+
 def test_the_merge_at_the_end_needs_the_adapter_of_the_end():
     merging = put(DEFAULT, "method.merge_at_end", True)
     with pytest.raises(aim_jax.InputError, match="needs train.select=last"):

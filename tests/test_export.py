@@ -77,6 +77,12 @@ def test_merged_needs_the_base_of_the_run(workdir, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_what_is_written_is_for_all_to_read(workdir, tmp_path):
+    export.write(workdir, "merged", tmp_path / "out", None)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_merged_in_bfloat16(workdir, tmp_path):
     """The type of the run's base is that of the merged model."""
     file = workdir / "config.json"
@@ -126,5 +132,10 @@ def test_command(workdir, tmp_path):
     assert (
         failed.stderr == "error: --task: no adapter after 'c'; there are sst-2, yelp\n"
     )
+    failed = call("--format", "peft", "--out", str(tmp_path / "b"), "sst-2")
+    assert failed.returncode == 2 and "'sst-2': give values as" in failed.stderr
+    (tmp_path / "file").touch()
+    failed = call("--format", "peft", "--out", str(tmp_path / "file" / "b"))
+    assert failed.returncode == 2 and failed.stderr.startswith("error: --out")
     failed = call("--format", "peft")
     assert failed.returncode == 2 and "--out is missing" in failed.stderr

@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import aim_jax
-from aim_jax import config, jobs, main, run
+from aim_jax import config, jobs, main, preemption, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
@@ -496,10 +497,38 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         call()
     assert ended.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 
-def stand_in(seen, fails=()):
+def test_the_first_interrupt_saves_and_the_second_stops_at_once(monkeypatch):
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(preemption, "_noticed", None)
+    try:
+        preemption.watch()
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.noticed() and preemption.by_user()
+        with pytest.raises(preemption.Preempted):
+            preemption.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("by_user, status", [(True, 130), (False, 0)])
+def test_status_of_a_run_that_was_stopped(call, monkeypatch, by_user, status):
+    def stop(cfg, folder):
+        raise preemption.Preempted
+
+    monkeypatch.setattr(run, "run", stop)
+    monkeypatch.setattr(preemption, "by_user", lambda: by_user)
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == status
+
+
+def stand_in(seen, fails=(), broken=()):
     """A `run.run` that only leaves results, op that of the seed; it fails on seeds."""
 
     def finish(cfg, folder, load=None):
@@ -508,6 +537,8 @@ def stand_in(seen, fails=()):
             load(config.override(cfg, "train.seed=0"))
         if cfg.train.seed in fails:
             raise aim_jax.InputError("it went wrong")
+        if cfg.train.seed in broken:
+            raise RuntimeError("no memory left")
         folder.mkdir(parents=True, exist_ok=True)
         results = {"method": cfg.method.name, "seed": cfg.train.seed, "tasks": []}
         results |= {"op": cfg.train.seed / 10, "fwt": None, "bwt": -0.0125}
@@ -578,3 +609,35 @@ def test_a_run_that_fails_stops_no_other(call, capsys, monkeypatch, tmp_path):
         "error: 2 runs failed, see above",
     ]
     assert len(out.splitlines()[-2].split("±")) == 1, "one seed has no deviation"
+
+
+def test_a_run_that_breaks_stops_no_other(call, capsys, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(run, "run", stand_in(seen, broken={1}))
+    monkeypatch.setattr(jobs, "load_model", lambda cfg: None)
+    with pytest.raises(SystemExit) as ended:
+        call(seeds=["1", "3"])
+    assert ended.value.code == 2 and len(seen) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "seed-1: no memory left" in err
+    assert err.splitlines()[-1] == "error: 1 runs failed, see above"
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_where_all_runs_fail_that_is_said(call, capsys, monkeypatch):
+    monkeypatch.setattr(run, "run", stand_in([], fails={1, 3}))
+    monkeypatch.setattr(jobs, "load_model", lambda cfg: None)
+    with pytest.raises(SystemExit) as ended:
+        call(seeds=["1", "3"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: 2 runs failed, see above"
+
+
+def test_seeds_do_not_go_into_a_run(call, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "run", stand_in([]))
+    call()
+    for seeds, words in ((["1", "2"], "holds a run"), (["1", "1"], "1 is there twice")):
+        with pytest.raises(SystemExit) as ended:
+            call(seeds=seeds)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -670,6 +670,19 @@ def test_command_line(tmp_path, runs):
     assert [row[0] for row in page(out).tables[0][1:]] == ["aim", "sequential"]
 
 
+def test_notes_of_ones_own_are_not_replaced(tmp_path, runs):
+    notes = tmp_path / "README.md"
+    notes.write_text("mine")
+    command = [sys.executable, "-m", "aim_jax.report", str(runs)]
+    command += ["--out", str(tmp_path / "README.html")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "README.md is there" in done.stderr
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    for _ in range(2):  # its own twins it replaces
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path, runs):
     for arguments in ([tmp_path / "missing", "--out", tmp_path / "a.html"], [runs],
                       ["--out", tmp_path / "a.html"]):  # fmt: skip

@@ -557,6 +557,16 @@ def test_scores_of_single_tasks_are_those_of_their_rows(tmp_path, monkeypatch):
         assert score(other) < 1
 
 
+def test_labels_that_no_answer_is_long_enough_for(tmp_path):
+    job = jobs.prepare(make(), tmp_path / "run")
+    task = job.stream[0]
+    long = {"id": "x", "input": "i", "output": "word " * 30}
+    changed = task._replace(test=[long, *task.test, long])
+    assert jobs.too_long(job, task) == 0
+    assert jobs.too_long(job, changed) == 2
+    assert jobs.too_long(job, changed._replace(metric="rouge_l")) == 0
+
+
 def test_a_run_may_have_the_name_of_what_runs_share(tmp_path):
     for name in ("other", "single", ".single"):
         (tmp_path / ".single").mkdir(exist_ok=True)

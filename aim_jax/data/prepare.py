@@ -13,6 +13,7 @@ import collections
 import json
 import os
 import pathlib
+import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -194,10 +195,10 @@ def settings(names: Iterable[str], out: pathlib.Path) -> str:
             break
     else:
         benchmark, known = "custom", {}
-    chosen = (
-        "" if set(names) == known.keys() else f" --set data.tasks={','.join(names)}"
-    )
-    return f"--set data.root={out} --set data.benchmark={benchmark}{chosen}"
+    chosen = [f"data.root={out}", f"data.benchmark={benchmark}"]
+    if set(names) != known.keys():
+        chosen.append(f"data.tasks={','.join(names)}")
+    return shlex.join(word for text in chosen for word in ("--set", text))
 
 
 def _part(shared: Mapping[str, Any]) -> str:

@@ -414,7 +414,8 @@ def _json(path: pathlib.Path) -> Any:
         reason = getattr(error, "strerror", None) or error
         raise aim_jax.InputError(f"{path}: cannot be read: {reason}") from None
     except (ValueError, RecursionError) as error:
-        raise aim_jax.InputError(f"{path}: not valid JSON: {error}") from None
+        lines = "; JSON Lines? make it one array" if "Extra data" in str(error) else ""
+        raise aim_jax.InputError(f"{path}: not valid JSON: {error}{lines}") from None
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:

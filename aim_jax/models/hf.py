@@ -5,6 +5,7 @@ its slice. Pickle files are never opened.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -88,7 +89,7 @@ def snapshot(path: str, field: str, patterns: list[str]) -> pathlib.Path:
 
     field: what gave the path; patterns: the files that are read.
     """
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(path).expanduser()
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return folder
     import huggingface_hub  # slow to import, and only this function needs it
@@ -199,7 +200,7 @@ def companions(folder: pathlib.Path) -> list[pathlib.Path]:
 def read_config(folder: pathlib.Path) -> tuple[ModuleType, Any]:
     """Family module and its Config from a folder's config.json."""
     file = folder / "config.json"
-    data = _json(file)
+    data = read_json(file)
     if "text_config" in data:
         raise aim_jax.InputError(
             f"{file}: model_type '{data.get('model_type')}' is not text alone; save its"
@@ -340,7 +341,7 @@ def read_adapter(
     as in the file, up to `.lora_`. file: another file of such tensors. Values are float32.
     Raises InputError as `load_adapter` does.
     """
-    settings = _json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     cfg = _adapter_config(folder / "adapter_config.json", PEFT_CHOICE)
     where = folder / file
     if not where.is_file():
@@ -437,7 +438,7 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
 
     known: fields beside them that the caller can do with.
     """
-    data = _json(file)
+    data = read_json(file)
     if data.get("peft_type") != "LORA":
         raise aim_jax.InputError(
             f"{file}: peft_type {data.get('peft_type')} is not supported; it must be LORA"
@@ -509,7 +510,7 @@ def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if index.is_file():
-        names = {str(name) for name in _json(index).get("weight_map", {}).values()}
+        names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
         outside = [n for n in names if pathlib.PurePath(n).name != n]
         if outside:
             raise aim_jax.InputError(
@@ -550,7 +551,7 @@ def _pickles(folder: pathlib.Path) -> str:
     )
 
 
-def _json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
     """A JSON object. Raises InputError for a file that is missing or holds no such."""
     try:
         data = json.loads(file.read_text())
@@ -572,7 +573,12 @@ def _names(template: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 def _write(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from error
+    # It is for its owner alone, unlike what else is written.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _adapter_name(weight: str, side: str) -> str:
