@@ -238,7 +238,9 @@ def too_long(job: Job, task: tasks.Task) -> int:
         return 0
     counts = collections.Counter(row["output"] for row in task.test)
     rows = [{"id": "", "input": "", "output": label} for label in counts]
-    lengths = [len(e.targets) for e in batches.encode(job.text, rows)]
+    whole = dataclasses.replace(job.text.data, max_target=1 << 30)
+    examples = batches.encode(job.text._replace(data=whole), rows)
+    lengths = [len(e.targets) for e in examples]
     most = (
         job.cfg.eval.max_length
     )  # with the start token, and a label with the end token

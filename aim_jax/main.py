@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
         ended = run_all(planned)
         if ended:
             tell(ended, workdir)
+        if preemption.by_user():  # too late to stop this, but not what follows
+            sys.exit(130)
     except aim_jax.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2)

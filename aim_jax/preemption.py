@@ -22,7 +22,8 @@ def watch() -> None:
     if jax.process_count() > 1:
         return  # JAX does, and has all processes stop at the same step.
     signal.signal(signal.SIGTERM, _note)
-    signal.signal(signal.SIGINT, _note)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # of a job in background
+        signal.signal(signal.SIGINT, _note)
 
 
 def noticed() -> bool:
@@ -50,7 +51,7 @@ def by_user() -> bool:
 
 def _note(number: int, frame: object) -> None:
     global _noticed
-    _noticed = number
+    _noticed = _noticed or number
     again = ""
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)

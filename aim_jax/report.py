@@ -416,6 +416,10 @@ def _fresh(file: pathlib.Path) -> pathlib.Path:
     return file.with_name(f".{file.name}.new")
 
 
+def _begins(file: pathlib.Path, mark: str) -> bool:
+    return file.read_bytes().startswith(mark.encode())
+
+
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, files out."""
     try:
@@ -424,8 +428,9 @@ def main(argv: Sequence[str]) -> None:
                 "--out FILE.html is missing: where to write the page"
             )
         out = pathlib.Path(flags.FLAGS.out)
-        for twin in (out.with_suffix(".md"), out.with_suffix(".json")):
-            if twin.exists() and not out.exists():
+        for suffix, mark in ((".md", "# Runs"), (".json", '{\n "summary"')):
+            twin = out.with_suffix(suffix)
+            if out.suffix == ".html" and twin.is_file() and not _begins(twin, mark):
                 raise aim_jax.InputError(
                     f"--out {out}: {twin} is there and would be replaced; choose another"
                     " name or move it away"

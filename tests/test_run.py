@@ -562,6 +562,11 @@ def test_labels_that_no_answer_is_long_enough_for(tmp_path):
     task = job.stream[0]
     long = {"id": "x", "input": "i", "output": "word " * 30}
     changed = task._replace(test=[long, *task.test, long])
+    usual = config.Eval().max_length
+    assert usual == config.Data().max_target  # to which training cuts labels
+    very = task._replace(test=[long | {"output": "word " * usual}])
+    default = dataclasses.replace(job.cfg, eval=config.Eval())
+    assert jobs.too_long(dataclasses.replace(job, cfg=default), very) == 1
     assert jobs.too_long(job, task) == 0
     assert jobs.too_long(job, changed) == 2
     assert jobs.too_long(job, changed._replace(metric="rouge_l")) == 0

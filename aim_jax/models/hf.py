@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -307,7 +308,7 @@ def save_adapter(
         "task_type": "SEQ_2_SEQ_LM" if _encodes(keys) else "CAUSAL_LM",
         "base_model_name_or_path": str(ASSETS)
         if base_path == "embedded"
-        else base_path,
+        else os.path.expanduser(base_path),
         "r": cfg.r,
         # PEFT's type is int; its own configs hold a float only where one was given.
         "lora_alpha": int(cfg.alpha) if cfg.alpha == int(cfg.alpha) else cfg.alpha,

@@ -405,7 +405,7 @@ def stack(
 ) -> type[nn.Module]:
     """`layer` repeated `count` times by a scan: weights stacked on axis 0.
 
-    The layer maps (x, cache slice, *shared arguments) to (x, new cache slice).
+    The layer maps (x, cache slice, *shared arguments) to (x, what goes out of each).
     remat: what backward computes anew: `none`; `full`, the layer; `dots`, what lies between
     products with weights and attention, whose results are kept.
     """
