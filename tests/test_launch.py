@@ -504,6 +504,10 @@ def test_the_first_interrupt_saves_and_the_second_stops_at_once(monkeypatch):
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(preemption, "_noticed", None)
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job in background
+        preemption.watch()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         preemption.watch()
         signal.raise_signal(signal.SIGINT)
         assert preemption.noticed() and preemption.by_user()
