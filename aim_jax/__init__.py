@@ -32,7 +32,7 @@ def command(argv: Sequence[str]) -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Say nothing of level INFO, where JAX tells which kinds of device are not there."""
+    """Say nothing of level INFO: of devices (JAX) and libraries (`datasets`) not there."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
 

@@ -219,14 +219,6 @@ def step(
         [rows[i : i + micro] for i in range(0, len(rows), micro)] for _, rows in trained
     ]
     recalled = [rows for _, (rows,) in probed]
-    losses = {"here": _loss(bench, micros[0][0])}
-    for name, side in others.items():
-        losses[name] = side.loss(side.batch(micros[0][0]))
-    others = {
-        name: side
-        for name, side in others.items()
-        if _fits(name, side, micros[0], recalled[0])
-    }
     # As a DataLoader would, before it is their turn.
     ready = {
         name: [
@@ -234,6 +226,14 @@ def step(
             for rows, recall in zip(micros, recalled, strict=True)
         ]
         for name, side in others.items()
+    }
+    losses = {"here": _loss(bench, micros[0][0])}
+    for name, side in others.items():
+        losses[name] = side.loss(ready[name][0][0][0])
+    others = {
+        name: side
+        for name, side in others.items()
+        if _fits(name, side, *ready[name][0])
     }
 
     def train() -> Any:
@@ -347,9 +347,7 @@ def decode(bench: Bench, others: Mapping[str, Any], rounds: int) -> dict[str, An
     found = timed({f"decoding, {len(prompts)} rows": way}, rounds)
     if others:
         found["rows of the same tokens"] = {
-            key: sum(map(np.array_equal, said["here"], said[key]))
-            for key in calls
-            if key in said
+            key: sum(map(np.array_equal, said["here"], said[key])) for key in calls
         }
     return found
 
@@ -800,7 +798,7 @@ def _forward(bench: Bench) -> plan.Work:
 
 def _fits(name: str, side: Any, micros: Sequence[Any], recalled: Any) -> bool:
     """Whether another way has room for a train step and a probe; if not, that is said."""
-    lacking = side.lacking([side.batch(rows) for rows in micros], side.batch(recalled))
+    lacking = side.lacking(micros, recalled)
     if lacking:
         print(f"{name} is left out: {lacking}", file=sys.stderr)
     return not lacking

@@ -233,7 +233,7 @@ def fingerprints(job: Job) -> dict[str, str]:
 
 
 def too_long(job: Job, task: tasks.Task) -> int:
-    """How many test labels of a task that is scored by exact match no answer is long enough for."""
+    """How many test labels of a task are longer than any answer, where they must be equal."""
     if task.metric != "exact":
         return 0
     counts = collections.Counter(row["output"] for row in task.test)
@@ -241,9 +241,8 @@ def too_long(job: Job, task: tasks.Task) -> int:
     whole = dataclasses.replace(job.text.data, max_target=1 << 30)
     examples = batches.encode(job.text._replace(data=whole), rows)
     lengths = [len(e.targets) for e in examples]
-    most = (
-        job.cfg.eval.max_length
-    )  # with the start token, and a label with the end token
+    # That has the start token, and a label the end token.
+    most = job.cfg.eval.max_length
     return sum(n for n, k in zip(counts.values(), lengths, strict=True) if k > most)
 
 

@@ -24,10 +24,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Side(NamedTuple):
-    """What PyTorch does: batch(rows) -> what the model takes, on its device;
-    train(batches) -> loss: an optimizer step on micro-batches; lacking(batches, batch) -> why
-    there is no room for that and a probe, or None; probe(batch) -> loss, with dropout; loss(batch) ->
-    loss, without; generate(rows, size) -> new tokens of each row, greedily.
+    """What PyTorch does.
+
+    batch(rows) -> what the model takes, on its device; train(batches) -> loss: an optimizer
+    step on micro-batches; lacking(batches, batch) -> why there is no room for that and a
+    probe, or None; probe(batch) -> loss, with dropout; loss(batch) -> loss, without;
+    generate(rows, size) -> new tokens of each row, greedily.
     """
 
     batch: Callable[[Rows], Batch]

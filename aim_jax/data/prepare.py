@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 import aim_jax
 from aim_jax import metrics
@@ -228,9 +228,6 @@ def _write(out: pathlib.Path, files: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, a folder and its report out."""
     values = flags.FLAGS
-    if not values["verbosity"].present:
-        # `datasets` tells at level INFO which other libraries there are.
-        logging.set_verbosity(logging.WARNING)
     with aim_jax.command(argv):
         for name in ("layout", "source", "out"):
             if not values[name].value:
