@@ -36,6 +36,7 @@ REMAT = {
 # Finite, so that a row without any visible position stays free of NaN.
 MASKED = -1e9
 KeyValues = tuple[jax.Array, jax.Array]
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Dense(nn.Module):
@@ -244,14 +245,30 @@ class Embed(nn.Module):
         return logits(x, self.weight)
 
 
+@jax.custom_vjp
 def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Float32 logits (..., v) of x (..., i) against a table (v, i) in x's precision."""
-    return jnp.einsum(
-        "...i,vi->...v",
-        x,
-        weight.astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    """Float32 logits (..., v) of x (..., i) against a table (v, i) in x's precision.
+
+    So is their gradient, which would otherwise turn the whole table to float32.
+    """
+    return _product("...i,vi->...v", x, weight.astype(x.dtype))
+
+
+def _logits_forward(x, weight):
+    frozen = None if weight.perturbed else ()
+    return logits(x.value, weight.value), (x.value, weight.value, frozen)
+
+
+def _logits_backward(kept, grad):
+    x, weight, frozen = kept
+    grad = grad.astype(x.dtype)
+    on_x = _product("...v,vi->...i", grad, weight.astype(x.dtype)).astype(x.dtype)
+    if frozen is not None:
+        return on_x, None
+    return on_x, _product("...v,...i->vi", grad, x).astype(weight.dtype)
+
+
+logits.defvjp(_logits_forward, _logits_backward, symbolic_zeros=True)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
@@ -312,9 +329,6 @@ def attend(
         bias = jnp.tile(bias, (1, 1, h // k, 1))
     out = _attend(q_bhtd.reshape(b, k, -1, d), k_bksd, v_bksd, bias, rate, key)
     return out.reshape(b, h, t, d)
-
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
