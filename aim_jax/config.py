@@ -32,7 +32,8 @@ class Model:
     # What backward computes anew: nothing (`none`), whole layers (`full`), or what lies
     # between products and attention (`dots`).
     remat: str = "dots"
-    attention: str = "xla"  # or `cudnn`: a decoder's, in one call on an NVIDIA GPU
+    # Or in one call on an NVIDIA GPU: `flash`, ours, or `cudnn`, for decoders.
+    attention: str = "xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ CHOICES = {
     "method.drop_into": ("linear", "ties"),
     "model.bits": (4, 8, 16),
     "model.remat": ("none", "full", "dots"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("xla", "flash", "cudnn"),
     "parallel.mode": ("auto", "pmap", "jit"),
 }
 

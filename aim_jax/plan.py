@@ -321,6 +321,8 @@ def counted(jaxpr: Any, turns: int = 1) -> Work:
         elif name.startswith("dot_product_attention_"):
             # Scores and outputs; backward has the scores anew and four gradients.
             parts, times = [_fused(equation, 5 if "bwd" in name else 2)], 1
+        elif name == "pallas_call":
+            parts, times = [_kernel(equation, turns)], 1
         else:
             times = {"scan": params.get("length"), "while": turns}.get(name, 1)
             parts = [counted(j, turns) for j in _inner(params)]
@@ -358,10 +360,21 @@ def _product(equation: Any) -> Work:
 
 def _fused(equation: Any, products: int) -> Work:
     """Of an attention that keeps its scores to itself; hidden ones are counted too."""
+    (b, t, h, d), (_, s, _, _) = (x.aval.shape for x in equation.invars[:2])
+    return Work(0, products * 2 * b * h * t * s * d, 0, _moved(equation))
+
+
+def _kernel(equation: Any, turns: int) -> Work:
+    """Of one whose products are of tiles of activations, once for each place of its grid."""
+    runs = math.prod(equation.params["grid_mapping"].grid)
+    flops = counted(equation.params["jaxpr"], turns).flops
+    return Work(0, runs * flops, 0, _moved(equation))
+
+
+def _moved(equation: Any) -> float:
+    """Bytes of operands and results."""
     arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
-    (b, t, h, d), (_, s, _, _) = (x.shape for x in arrays[:2])
-    size = sum(x.size * x.dtype.itemsize for x in arrays)
-    return Work(0, products * 2 * b * h * t * s * d, 0, size)
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 # Bytes that leave a chip of n for each byte of the result, in a ring.

@@ -16,7 +16,7 @@ from fixtures import make_models
 
 import aim_jax
 from aim_jax import config, lora, methods, models, steps
-from aim_jax.models import decoder, hf, layers
+from aim_jax.models import decoder, flash, hf, layers
 
 NAMES = sorted(make_models.CONFIGS)
 DECODERS = [n for n in NAMES if "t5" not in n]
@@ -247,7 +247,7 @@ def test_gradients_of_attention(bias_shape, rate):
         return jnp.einsum("bhts,bhsd->bhtd", weights, v)
 
     def ours(q, k, v, bias):
-        return layers.attend(q, k, v, bias, rate, key)
+        return layers.attend(q, k, v, [bias], rate, key)
 
     expected, found = (
         jax.value_and_grad(lambda *x, f=f: jnp.sum(target * f(*x)), (0, 1, 2, 3))(
@@ -259,6 +259,44 @@ def test_gradients_of_attention(bias_shape, rate):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
         expected,
         found,
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("kv_heads", "biases"),
+    [
+        (4, [(1, 4, 64, 192), (2, 1, 1, 192)]),  # T5's encoder
+        (4, [(2, 1, 1, 192)]),
+        (2, [(2, 1, 64, 192)]),  # a decoder with grouped queries
+    ],
+)
+def test_attention_in_tiles(kv_heads, biases, rate):
+    """Output, gradients and dropped places are those of the formula."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 4, 64, 16), *[(2, kv_heads, 192, 16)] * 2, *biases]
+    q, k, v, *biases = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    hidden = rng.random(biases[-1].shape) < 0.3
+    biases[-1] = layers.mask_bias(jnp.asarray(~hidden))
+    words = jnp.array([3, 5, 7], jnp.uint32)  # of the rows that begin at number 7
+    key = jax.random.wrap_key_data(words, impl=layers.HASH) if rate else None
+
+    def tiles(*qkv):
+        kept = functools.partial(layers.kept, rate)
+        return flash.attend(*qkv, biases, words if rate else None, rate, kept, True)
+
+    def formula(*qkv):
+        return layers.attend(*qkv, biases, rate, key)
+
+    target = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
+    found, expected = (
+        jax.value_and_grad(lambda *x, f=f: jnp.sum(target * f(*x)), (0, 1, 2))(q, k, v)
+        for f in (tiles, formula)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5),
+        found,
+        expected,
     )
 
 

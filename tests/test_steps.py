@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from aim_jax import config, lora, methods, steps
 from aim_jax.data import batches, synthetic
-from aim_jax.models import hf, layers
+from aim_jax.models import flash, hf, layers
 
 CFG = config.resolve(
     config.Config(
@@ -123,10 +123,17 @@ def test_padding_left_out_changes_nothing(name):
 
 @pytest.mark.parametrize(
     "name, kernel",
-    [("t5", "xla"), ("llama2", "xla"), ("qwen3", "cudnn"), ("gemma3", "cudnn")],
+    [
+        ("t5", "xla"),
+        ("llama2", "xla"),
+        ("qwen3", "cudnn"),
+        ("gemma3", "cudnn"),
+        ("t5", "flash"),
+        ("gemma3", "flash"),
+    ],
 )
 def test_examples_that_share_a_row_do_not_see_each_other(name, kernel, monkeypatch):
-    """Loss and gradients as with a row each; XLA computes what cuDNN is asked for."""
+    """Loss and gradients as with a row each; XLA computes what GPU calls are asked for."""
     attention = jax.nn.dot_product_attention
 
     def stand_in(*arrays, implementation, **settings):
@@ -134,6 +141,15 @@ def test_examples_that_share_a_row_do_not_see_each_other(name, kernel, monkeypat
         return attention(*arrays, **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    tiles, calls = flash.attend, []
+
+    def interpreted(*args):
+        calls.append(args)
+        return tiles(*args, True)
+
+    monkeypatch.setattr(flash, "attend", interpreted)
+    monkeypatch.setattr(flash, "BLOCK", 8)
+    monkeypatch.setattr(flash, "WIDTHS", range(1, 99))
     model = config.Model(path=str(make_models.FOLDER / name), dropout=0.0)
     base = hf.load(model)
     own = config.Lora(target=(".*(q|v|[qv]_proj)",), dropout=0.0)
@@ -165,6 +181,7 @@ def test_examples_that_share_a_row_do_not_see_each_other(name, kernel, monkeypat
             return probe(base.params, state, (), chunk)
 
         found[pack] = jax.jit(jax.value_and_grad(of))(delta)
+    assert bool(calls) == (kernel == "flash")
     # Sums in another order.
     assert float(found[False][0]) == pytest.approx(float(found[True][0]), rel=1e-6)
     largest = max(float(abs(g).max()) for g in jax.tree.leaves(found[False][1]))

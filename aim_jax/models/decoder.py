@@ -279,7 +279,7 @@ class Attention(nn.Module):
         new = k_bksd, heads("v", x, c.kv_heads)
         seen = new if cache is None else layers.put(cache, new, place)
         key = layers.Dropout(c.dropout).key()
-        out = layers.attend(q_bhtd, *seen, last.bias, c.dropout, key, c.attention)
+        out = layers.attend(q_bhtd, *seen, [last.bias], c.dropout, key, c.attention)
         return dense("o", c.width, False)(layers.merge_heads(out)), new
 
 

@@ -26,7 +26,7 @@ import safetensors.numpy
 
 import aim_jax
 from aim_jax import config, lora, models, parallel
-from aim_jax.models import layers
+from aim_jax.models import flash, layers
 
 ASSETS = pathlib.Path(aim_jax.__file__).parent / "assets"
 # What a model directory of the hub is read for: config, tokenizer, weights.
@@ -149,16 +149,25 @@ def build(
     Raises InputError for an attention that the model or the devices do not have.
     """
     family, model_config = read_config(directory(cfg.path))
-    changes: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "remat": cfg.remat}
+    changes: dict[str, Any] = {
+        "dtype": jnp.dtype(cfg.dtype),
+        "remat": cfg.remat,
+        "attention": cfg.attention,
+    }
     if cfg.dropout is not None:
         changes["dropout"] = cfg.dropout
-    if family.KIND == "decoder":
-        changes["attention"] = cfg.attention
     made = dataclasses.replace(model_config, **changes)
+    gpu = not devices or devices.mesh.devices.flat[0].platform in ("gpu", "cuda")
+    if cfg.attention == "flash":
+        split = devices and devices.mode == "jit" and devices.mesh.size > 1
+        if not gpu or split or made.head_width not in flash.WIDTHS:
+            raise aim_jax.InputError(
+                "model.attention: flash is for NVIDIA GPUs, several by parallel.mode=pmap,"
+                f" with heads of {', '.join(map(str, flash.WIDTHS))} features; use xla"
+            )
     if cfg.attention == "cudnn":
         fits = family.KIND == "decoder" and made.dropout == 0
         fits = fits and made.head_width in range(8, 129, 8)
-        gpu = not devices or devices.mesh.devices.flat[0].platform in ("gpu", "cuda")
         if not (fits and cfg.dtype == "bfloat16" and gpu):
             raise aim_jax.InputError(
                 "model.attention: cudnn is for decoders without attention dropout"

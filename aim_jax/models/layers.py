@@ -8,7 +8,7 @@ Dropout is active exactly when a `dropout` random key is passed to `apply`.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.extend
@@ -17,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+
+from aim_jax.models import flash
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -155,9 +157,17 @@ class Dropout(nn.Module):
 def drop(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
     """x with each element zeroed with probability `rate`, the others over 1 - rate."""
     keep = 1 - rate
-    bits = jax.random.bits(key, x.shape)
+    return jnp.where(_below(keep, jax.random.bits(key, x.shape)), x / keep, 0)
+
+
+def _below(chance: float | jax.Array, bits: jax.Array) -> jax.Array:
     # As a fraction of 24 bits, which float32 holds exactly.
-    return jnp.where((bits >> 8) * np.float32(2**-24) < keep, x / keep, 0)
+    return (bits >> 8) * np.float32(2**-24) < chance
+
+
+def kept(rate: float, words: Sequence[jax.Array], place: jax.Array) -> jax.Array:
+    """Whether `drop` keeps the element at `place` by the words of a `HASH` key."""
+    return _below(1 - rate, _hash(words, place))
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -194,7 +204,11 @@ def _bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
         jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(size)
         for axis, size in enumerate(sizes)
     )
-    return _mix(_mix(place ^ key[0]) + key[1])
+    return _hash(key, place)
+
+
+def _hash(words: Sequence[jax.Array], place: jax.Array) -> jax.Array:
+    return _mix(_mix(place ^ words[0]) + words[1])
 
 
 # Keys for dropout. A new key hashes an old one and a number, an element's bits hash its place
@@ -299,23 +313,29 @@ def attend(
     q_bhtd: jax.Array,
     k_bksd: jax.Array,
     v_bksd: jax.Array,
-    bias: jax.Array,
+    biases: Sequence[jax.Array],
     rate: float = 0.0,
     key: jax.Array | None = None,
     kernel: str = "xla",
 ) -> jax.Array:
     """Softmax attention (b, h, t, d); softmax in float32, nothing (t, s) kept for backward.
 
-    bias: float32 that broadcasts to (b, h, t, s), MASKED at invisible positions. With a
-    `key` the weights are dropped at `rate`. Where key/value heads are fewer, the queries of
-    a group lie one after another as if they were more positions; then bias is (b, 1, t, s).
+    biases: float32 that broadcast to (b, h, t, s), added; MASKED at invisible positions.
+    With a `key` the weights are dropped at `rate`. Where key/value heads are fewer, the
+    queries of a group lie one after another as if they were more positions; then their sum
+    is (b, 1, t, s).
 
-    kernel: `cudnn` is one call. It has no dropout, a bias of 0 or MASKED alone, and as
-    many keys as queries are taken to hide those after each.
+    kernel: `flash` and `cudnn` are one call for prompts. That of cudnn has no dropout, a
+    bias of 0 or MASKED alone, and as many keys as queries are taken to hide those after each.
     """
     b, h, t, d = q_bhtd.shape
     k, s = k_bksd.shape[1:3]
     q_bhtd, k_bksd, v_bksd = checkpoint_name((q_bhtd, k_bksd, v_bksd), "product")
+    if kernel == "flash" and flash.fits(t, s, d):
+        words = None if key is None else jax.random.key_data(key)
+        keep = functools.partial(kept, rate)
+        return flash.attend(q_bhtd, k_bksd, v_bksd, biases, words, rate, keep)
+    bias = sum(biases[1:], biases[0])
     if kernel == "cudnn" and t > 1:
         out = jax.nn.dot_product_attention(
             *(x.swapaxes(1, 2) for x in (q_bhtd, k_bksd, v_bksd)),

@@ -6,6 +6,7 @@ T5ForConditionalGeneration.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ class Config:
     dropout: float
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
@@ -176,7 +178,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         source: jax.Array | None,
-        bias: jax.Array,
+        biases: Sequence[jax.Array],
         cache: layers.KeyValues | None = None,
         index: jax.Array | None = None,
     ) -> tuple[jax.Array, layers.KeyValues | None]:
@@ -199,7 +201,7 @@ class Attention(nn.Module):
             new = heads("k", source), heads("v", source)
             seen = new if index is None else layers.put(cache, new, index)
         key = layers.Dropout(c.dropout).key()
-        out = layers.attend(q_bhtd, *seen, bias, c.dropout, key)
+        out = layers.attend(q_bhtd, *seen, biases, c.dropout, key, c.attention)
         return dense("o", c.width)(layers.merge_heads(out)), new
 
 
@@ -236,8 +238,8 @@ class Layer(nn.Module):
         x: jax.Array,
         cache: dict[str, Any] | None,
         encoded: jax.Array | None,
-        bias: jax.Array,
-        cross_bias: jax.Array | None,
+        biases: Sequence[jax.Array],
+        cross_biases: Sequence[jax.Array],
         index: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, Any] | None]:
         c = self.config
@@ -248,12 +250,12 @@ class Layer(nn.Module):
             return layers.RMSNorm(c.eps, name=name)(x)
 
         h = norm("attention_norm")
-        h, own = Attention(c, name="attention")(h, h, bias, kept.get("own"), index)
+        h, own = Attention(c, name="attention")(h, h, biases, kept.get("own"), index)
         x = x + dropout(h)
         cross = None
         if self.cross:
             h, cross = Attention(c, name="cross")(
-                norm("cross_norm"), encoded, cross_bias, kept.get("cross")
+                norm("cross_norm"), encoded, cross_biases, kept.get("cross")
             )
             x = x + dropout(h)
         x = x + dropout(MLP(c, name="mlp")(norm("mlp_norm")))
@@ -288,17 +290,18 @@ class Stack(nn.Module):
             bias = relative(x.shape[1], x.shape[1])
         else:
             bias = relative(1, len(ago))[..., len(ago) - 1 - ago]
-        cross_bias = None
-        if self.decoder:
-            cross_bias = layers.mask_bias(encoder_visible)
+        biases = [bias, layers.mask_bias(visible)]
+        if c.attention == "xla":  # once for all layers
+            biases = [sum(biases)]
+        cross_biases = [layers.mask_bias(encoder_visible)] if self.decoder else []
         count = c.decoder_layers if self.decoder else c.encoder_layers
         scanned = layers.stack(Layer, count, 4, c.remat)
         x, new = scanned(c, self.decoder, name="layers")(
             dropout(x),
             cache,
             encoded,
-            bias + layers.mask_bias(visible),
-            cross_bias,
+            biases,
+            cross_biases,
             index,
         )
         return dropout(layers.RMSNorm(c.eps, name="norm")(x)), new
