@@ -122,7 +122,7 @@ def plan(
             )
     made = programs(cfg, devices, length, target)
     for name in names:
-        yield {"program": name, **measured(made[name](), devices.mesh.size, chip)}
+        yield {"program": name, **measured(made[name](), devices.mesh, chip)}
 
 
 def describe(topology: str, cfg: config.Parallel) -> tuple[Chip, parallel.Devices]:
@@ -261,7 +261,9 @@ def programs(
     return {"train": train, "probe": probe, "rehearse": rehearse, "decode": decode}
 
 
-def measured(program: Program, chips: int, chip: Chip | None) -> dict[str, Any]:
+def measured(
+    program: Program, mesh: jax.sharding.Mesh, chip: Chip | None
+) -> dict[str, Any]:
     """What a program takes of a chip, and how long a call would take at its peaks.
 
     A program that the compiler finds too large has no `collective_bytes`, hence no time.
@@ -269,6 +271,7 @@ def measured(program: Program, chips: int, chip: Chip | None) -> dict[str, Any]:
     function, arguments, turns, needed = program
     work = counted(jax.make_jaxpr(function)(*arguments).jaxpr, turns)
     needed = work.flops if needed is None else needed
+    chips = mesh.size
     found = {"flops": work.flops / chips, "needed_flops": needed / chips}
     try:
         built = function.lower(*arguments).compile()
@@ -288,15 +291,19 @@ def measured(program: Program, chips: int, chip: Chip | None) -> dict[str, Any]:
         + sizes.output_size_in_bytes
         - sizes.alias_size_in_bytes
     )
-    found["collective_bytes"] = moved = collective_bytes(built.as_text(), turns)
+    text = built.as_text()
+    found["collective_bytes"] = collective_bytes(text, turns)
     if not chip:
         return found
-    # A chip reads every weight whole, which it has gathered; of the rest, its share.
-    read = work.weight_bytes + work.other_bytes / chips
+    if mesh.devices.flat[0].platform == "tpu":
+        # By the products: a chip reads every weight whole, of the rest its share.
+        found["moved_bytes"] = work.weight_bytes + work.other_bytes / chips
+    else:
+        found["moved_bytes"] = moved_bytes(text, turns)
     seconds = {
         "compute": found["flops"] / chip.flops,
-        "memory": read / chip.memory_rate,
-        "links": moved / chip.link_rate,
+        "memory": found["moved_bytes"] / chip.memory_rate,
+        "links": found["collective_bytes"] / chip.link_rate,
     }
     # The three overlap wholly, or not at all.
     spans = max(seconds.values()), sum(seconds.values())
@@ -408,10 +415,7 @@ def collective_bytes(text: str, turns: int = 1) -> float:
     channel, and counts once.
     """
     channels = set()
-    parts = dict(
-        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-    )
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)[1]
+    parts, entry = _computations(text)
 
     def sent(name: str) -> float:
         total = 0.0
@@ -426,17 +430,118 @@ def collective_bytes(text: str, turns: int = 1) -> float:
             if found and not (channel and channel[1] in channels):
                 channels.add(channel and channel[1])
                 shapes, kind, start = found.groups()
-                sizes = [
-                    _WIDTH.get(dtype, 4)
-                    * math.prod(map(int, filter(None, dims.split(","))))
-                    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-                ]
+                sizes = _sizes(shapes)
                 # Of a pair (operand, result) the result.
                 size = max(sizes) if start else sum(sizes)
                 total += size * COLLECTIVES[kind](_group(line))
         return total
 
     return sent(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, str], str]:
+    """Lines of each computation of HLO text by its name, and the name of the first."""
+    parts = re.findall(
+        r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S
+    )
+    return dict(parts), re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)[1]
+
+
+def _sizes(shapes: str) -> list[int]:
+    """Bytes of each array of a type in HLO text."""
+    return [
+        _WIDTH.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(","))))
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    ]
+
+
+class _Instruction(NamedTuple):
+    """Of HLO text: its result is `kind` of the operands; free: no kernel runs for it."""
+
+    bytes: int
+    kind: str
+    operands: list[str]
+    line: str
+
+    @property
+    def free(self) -> bool:
+        return self.kind in FREE or self.kind.endswith("-done")
+
+
+FREE = {
+    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"),
+    *("while", "conditional", "call"),
+}
+
+
+def _instructions(body: str) -> dict[str, _Instruction]:
+    """By name; the one that a computation returns is the last."""
+    found = {}
+    for line in body.splitlines():
+        parsed = re.match(
+            r"\s*(?:ROOT )?%([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\((.*?)\)"
+            r"(?:, |$)",
+            line,
+        )
+        if parsed:
+            name, shapes, kind, operands = parsed.groups()
+            if "cublas" in line:  # beside its result a place to work in
+                shapes = re.sub(r"s8\[\d+\]", "", shapes)
+            operands = re.findall(r"%([\w.\-]+)", operands)
+            found[name] = _Instruction(sum(_sizes(shapes)), kind, operands, line)
+    return found
+
+
+def moved_bytes(text: str, turns: int = 1) -> float:
+    """Bytes that the kernels of a program compiled for GPUs read from memory and write.
+
+    Each reads its operands and writes its results; of what it slices, or updates in place,
+    that slice. Loops count as for `collective_bytes`.
+    """
+    parts, entry = _computations(text)
+    inside = {name: _instructions(body) for name, body in parts.items()}
+
+    def fusion(body: dict[str, _Instruction]) -> int:
+        def read(name: str) -> int:
+            total = 0
+            for user, each in body.items():
+                if name not in each.operands:
+                    continue
+                if each.kind == "bitcast":
+                    total += read(user)
+                elif each.kind in ("slice", "dynamic-slice", "gather"):
+                    total += each.bytes
+                elif each.kind != "dynamic-update-slice" or each.operands[0] != name:
+                    return body[name].bytes
+            return min(total, body[name].bytes)
+
+        def written(name: str) -> int:
+            each = body[name]
+            if each.kind == "tuple":
+                return sum(map(written, each.operands))
+            if each.kind == "bitcast":
+                return written(each.operands[0])
+            if each.kind == "dynamic-update-slice":
+                return body[each.operands[1]].bytes
+            return each.bytes
+
+        inputs = [name for name, each in body.items() if each.kind == "parameter"]
+        return sum(map(read, inputs)) + written(list(body)[-1])
+
+    def moved(name: str) -> float:
+        total = 0.0
+        for each in inside[name].values():
+            called = _calls(each.line, parts, turns)
+            if each.kind == "fusion":
+                total += sum(fusion(inside[body]) for body, _ in called)
+            elif each.free:
+                total += sum(times * moved(body) for body, times in called)
+            else:
+                operands = (inside[name][x].bytes for x in each.operands)
+                total += each.bytes + sum(operands)
+        return total
+
+    return moved(entry)
 
 
 def _calls(line: str, parts: dict[str, str], turns: int) -> Iterator[tuple[str, int]]:

@@ -81,6 +81,58 @@ def test_bytes_of_collectives(known, limit, stride, times, group):
     assert found == times * gathered + 2 * reduced
 
 
+KERNELS = """HloModule step
+
+%of_a_layer (w: bf16[3,8,4], i: s32[]) -> bf16[8,4] {
+  %w = bf16[3,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %slice = bf16[1,8,4]{2,1,0} dynamic-slice(%w, %i, %i), dynamic_slice_sizes={1,8,4}
+  ROOT %layer = bf16[8,4]{1,0} bitcast(%slice)
+}
+
+%kept (all: f32[3,16], new: f32[16], i: s32[]) -> (f32[3,16], f32[16]) {
+  %all = f32[3,16]{1,0} parameter(0)
+  %new = f32[16]{0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %row = f32[1,16]{1,0} bitcast(%new)
+  %put = f32[3,16]{1,0} dynamic-update-slice(%all, %row, %i.1, %i.1)
+  %twice = f32[16]{0} add(%new, %new)
+  ROOT %both = (f32[3,16]{1,0}, f32[16]{0}) tuple(%put, %twice)
+}
+
+%body (p: (bf16[3,8,4], f32[3,16], f32[16])) -> (bf16[3,8,4], f32[3,16], f32[16]) {
+  %p = (bf16[3,8,4]{2,1,0}, f32[3,16]{1,0}, f32[16]{0}, s32[]) parameter(0)
+  %w.1 = bf16[3,8,4]{2,1,0} get-tuple-element(%p), index=0
+  %all.1 = f32[3,16]{1,0} get-tuple-element(%p), index=1
+  %x = f32[16]{0} get-tuple-element(%p), index=2
+  %i.2 = s32[] get-tuple-element(%p), index=3
+  %layer.1 = bf16[8,4]{1,0} fusion(%w.1, %i.2), kind=kLoop, calls=%of_a_layer
+  %made = (f32[16]{0}, s8[4096]{0}) custom-call(%x, %layer.1), custom_call_target="__cublas$lt$matmul"
+  %y = f32[16]{0} get-tuple-element(%made), index=0
+  %stored = (f32[3,16]{1,0}, f32[16]{0}) fusion(%all.1, %y, %i.2), kind=kLoop, calls=%kept
+  ROOT %next = (bf16[3,8,4]{2,1,0}, f32[3,16]{1,0}, f32[16]{0}, s32[]) tuple(%w.1, %all.1, %y, %i.2)
+}
+
+%condition (p: f32[]) -> pred[] {
+  ROOT %p.1 = pred[] parameter(0)
+}
+
+ENTRY %main (t: f32[16]) -> f32[16] {
+  %t = f32[16]{0} parameter(0)
+  %loop = (f32[16]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %copy = f32[16]{0} copy(%t)
+}
+"""
+
+
+def test_bytes_that_kernels_move():
+    index, layer, vector = 4, 8 * 4 * 2, 16 * 4
+    sliced = index + layer + layer
+    product = vector + layer + vector
+    kept = index + vector + vector + vector
+    assert plan.moved_bytes(KERNELS) == 3 * (sliced + product + kept) + 2 * vector
+
+
 def test_flops_of_a_forward_pass():
     """Twice every dense weight a token, and 4 S d a token and layer for attention."""
     family, model = hf.build(config.Model(path=str(LLAMA)))

@@ -138,10 +138,11 @@ attend.defvjp(_forward, _backward)
 
 
 def _run(biases, words, rate, kept, interpret, sizes, kernel, axis, cut, whole, out):
-    """What `kernel` makes, like `out`, for each row, head and block.
+    """What `kernel` makes, like `out`, for each row, head and block of axis 2.
 
-    It gets the number of the block, a block of the arrays in `cut`, and of `out`, along their axis 2, of the biases
-    along `axis`; and `tile`, which makes scores of queries and keys, and their dropout.
+    kernel(block, tile, *refs): blocks of the arrays in `cut`, those in `whole`, blocks of
+    the results. tile(q, k, query, key): scores of two blocks by their numbers, and the
+    dropout of their weights; axis: the one of scores that blocks are cut along.
     """
     rows, heads, queries = sizes
 
@@ -201,6 +202,8 @@ def _run(biases, words, rate, kept, interpret, sizes, kernel, axis, cut, whole, 
         in_specs=specs,
         out_specs=[spec(x, 2) for x in out],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(
+            num_warps=4 if cut[0].shape[3] <= 64 else 8, num_stages=2
+        ),
         interpret=interpret,
     )(*arrays)
