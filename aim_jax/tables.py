@@ -334,7 +334,7 @@ def command(run: records.Run) -> str | None:
     if run.results.get("command") or not run.settings:
         return run.results.get("command")
     benchmark = run.settings.get("data.benchmark", "synthetic")
-    name = "quickstart" if benchmark == "synthetic" else benchmark
+    name = "quickstart" if benchmark in ("synthetic", "custom") else benchmark
     file = pathlib.Path(aim_jax.__file__).parents[1] / "configs" / f"{name}.py"
     chosen = ("method.name", "method.preset")
     choices = [f"{k}={run.settings[k]}" for k in chosen if k in run.settings]

@@ -643,10 +643,17 @@ def test_what_cannot_be_written_leaves_the_old_page(tmp_path):
     assert not list(run.glob(".*.new"))
 
 
-def test_command_gives_the_config_back(tmp_path):
-    changes = ["data.tasks=agnews,yahoo", "train.micro_batch_size=4", "lora.r=16"]
-    changes += ["method.name=aim", "method.preset=paper", "train.average=micro_batch"]
-    cfg = config.load(str(ROOT / "configs" / "standard_cl.py"), changes)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("standard_cl", ["data.tasks=agnews,yahoo", "train.micro_batch_size=4"]),
+        ("quickstart", ["data.benchmark=custom", "data.root=pets", "data.tasks=a"]),
+    ],
+)
+def test_command_gives_the_config_back(tmp_path, name, changes):
+    changes = [*changes, "lora.r=16", "method.name=aim", "method.preset=paper"]
+    changes += ["train.average=micro_batch"]
+    cfg = config.load(str(ROOT / "configs" / f"{name}.py"), changes)
     run = make_run(tmp_path / "run")
     write_json(run / "config.json", config.to_json(cfg))
     edit_results(run, seed=cfg.train.seed)
