@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import shlex
 import statistics
@@ -96,7 +97,9 @@ def group(runs: Sequence[records.Run]) -> list[Group]:
         own = _settings(members[0])
         apart = [f"{k}={own.get(k, 'unset')}" for k in varied(peers)]
         if len(peers) > 1 and not 0 < len(apart) <= NAMED:
-            apart = [*apart[:NAMED], members[0].path.name]
+            paths = [str(run.path) for run in members]
+            shared = f"{os.path.commonprefix(paths)}*" if paths[1:] else paths[0]
+            apart = [*apart[:NAMED], shared]
         label = f"{method} ({', '.join(apart)})" if apart else method
         labelled.append(Group(label, members))
     return labelled
@@ -285,7 +288,7 @@ def named(groups: Sequence[Group]) -> list[tuple[str, records.Run]]:
             name = label if run.seed is None else f"{label}, seed {run.seed}"
             clear = run.seed is not None and seeds.count(run.seed) == 1
             unique = clear or len(runs) == 1
-            pairs.append((name if unique else f"{name}, {run.path.name}", run))
+            pairs.append((name if unique else f"{name}, {run.path}", run))
     return pairs
 
 

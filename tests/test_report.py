@@ -181,6 +181,22 @@ def test_runs_that_differ_in_more_than_seed_are_told_apart(tmp_path):
     assert names == ["aim (memory.percent=2.0)", "aim (memory.percent=1.0)"]
 
 
+def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
+    for name, r, seed in (("a", 1, 1), ("a", 1, 2), ("b", 2, 1), ("c", 3, 1)):
+        lora = config.Lora(r=r, alpha=2.0 * r, dropout=r / 9, target=(f"q{r}",))
+        cfg = config.Config(lora=lora, memory=config.Memory(batch_size=1 + r // 3))
+        make_run(tmp_path / name / f"aim-{seed}", cfg=cfg, seed=seed)
+    groups = tables.group([*map(records.load, records.find([tmp_path]))])
+    folders = [g.label.removesuffix(")").split(", ")[-1] for g in groups]
+    assert folders == [f"{tmp_path}/{f}" for f in ("a/aim-*", "b/aim-1", "c/aim-1")]
+
+
+def test_twins_are_told_apart_by_their_folders(tmp_path):
+    paths = [make_run(tmp_path / name / "aim") for name in "ab"]
+    names = [name for name, _ in tables.named(tables.group(map(records.load, paths)))]
+    assert names == [f"aim, seed 42, {path}" for path in paths]
+
+
 def test_unfinished_run_does_not_blur_the_mean_of_its_group(tmp_path):
     make_run(tmp_path / "a", seed=1)
     make_run(tmp_path / "b", seed=2)
