@@ -32,7 +32,7 @@ COSTS = (
     "Means over seeds. Probes: losses on a memory batch. Extra memory: what a method keeps"
     " beside the adapter and its optimizer (arrays, and the text of remembered rows). Extra"
     " FLOPs: by tokens without padding, one probed, or read or written to make rows of the"
-    " memory, as half a trained one, beyond what the cheapest run on the same stream trains on."
+    " memory, as half a trained one, beyond what the cheapest run on the same rows trains on."
 )
 HELD_OUT = (
     "Tasks that no run trains on: what the stream did to the rest of the model. Before: the"
@@ -182,9 +182,13 @@ def costs_table(groups: Sequence[Group]) -> Table:
 
 
 def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float | None:
-    """Computation of `runs` beyond the cheapest training on their stream, as part of it."""
+    """Computation of `runs` beyond the cheapest training on their rows, as part of it."""
+
+    def rows(run: records.Run) -> tuple[list[str], Any]:
+        return run.names, run.settings.get("data.limit_train")
+
     own = stat(runs, "token_passes")
-    alike = [g.runs for g in groups if g.runs[0].names == runs[0].names]
+    alike = [g.runs for g in groups if rows(g.runs[0]) == rows(runs[0])]
     trained = [s.mean for r in alike if (s := stat(r, "train_tokens")) and s.mean]
     known = own and own.mean and trained
     return own.mean / min(trained) - 1 if known else None

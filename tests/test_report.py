@@ -244,6 +244,15 @@ def test_a_run_without_training_has_no_cost_to_compare_with(tmp_path, runs):
     assert {row[-2] for row in costs[1:]} == {"0 %", "60 %", "–"}
 
 
+def test_a_run_on_fewer_rows_is_no_measure_of_cost(tmp_path, runs):
+    data = config.Data(benchmark="standard_cl", order=4, limit_train=10)
+    few = make_run(tmp_path / "few", "sequential", cfg=config.Config(data=data))
+    edit_results(few, work={"steps": 3, "train_tokens": 90})
+    report.write([few, runs], tmp_path / "out.html")
+    _, costs = page(tmp_path / "out.html").tables[:2]
+    assert {row[-2] for row in costs[1:]} == {"0 %", "60 %"}
+
+
 def test_run_that_did_not_count_its_work_has_no_costs(tmp_path):
     run = make_run(tmp_path / "run")
     edit_results(run, work=None)
