@@ -361,8 +361,10 @@ def test_quickstart_elsewhere(project):
 def test_lm_eval_scores_the_merged_model(project):
     given = ["runs/a b", "scores", "--tasks", "gsm8k", "--limit", "5"]
     harness = str(project / ".venv/bin/lm_eval")
+    # The folder that the export names is gone when the script ends.
+    (project / ".venv/bin/python").write_text(f"{STAND_IN}\necho $7\n")
     done = bash(project, "lm_eval.sh", *given, LM_EVAL=harness)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (part,) = [c.split()[-1] for c in calls(project)[:1]]
     assert part.startswith("scores/part.")
     assert [p.name for p in (project / "scores").iterdir()] == ["model"]
