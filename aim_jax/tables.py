@@ -36,7 +36,7 @@ COSTS = (
 )
 HELD_OUT = (
     "Tasks that no run trains on: what the stream did to the rest of the model. Before: the"
-    " base as it is. Means over seeds."
+    " base, with the adapter of lora.path where a stream starts from one. Means over seeds."
 )
 PUBLISHED = (
     "Confidence: direct, read in the source; secondary, in a transcription of it; derived,"
