@@ -95,10 +95,11 @@ def open_devices(
     apart = jax.process_count() > 1
     if cfg.exact:
         mode = "exact"
-        if cfg.tensor > 1 or apart or SHARDS % count:
+        if cfg.mode != "auto" or cfg.tensor > 1 or apart or SHARDS % count:
             raise aim_jax.InputError(
-                "parallel.exact: needs one process, parallel.tensor=1 and 1, 2, 4 or 8"
-                f" devices; here are {jax.process_count()}, {cfg.tensor} and {count}"
+                "parallel.exact: needs one process, parallel.mode=auto, parallel.tensor=1"
+                f" and 1, 2, 4 or 8 devices; here are {jax.process_count()}, {cfg.mode},"
+                f" {cfg.tensor} and {count}"
             )
     whole = mode in ("pmap", "exact")
     if mode == "auto":

@@ -111,8 +111,13 @@ def plan(
     """One row for each program: train step, probe, rehearsal step, decoding of a batch.
 
     length, target: tokens of a row, and of its answer, which `length` includes.
-    Raises InputError for a batch that the devices do not divide.
+    Raises InputError for a batch that the devices do not divide, and for a row that its
+    answer fills.
     """
+    if length <= target:
+        raise aim_jax.InputError(
+            f"--length {length}: a row has its answer in it, --target {target}"
+        )
     for size in (cfg.train.batch_size, cfg.memory.batch_size, cfg.eval.batch_size):
         if size % devices.count:
             raise aim_jax.InputError(

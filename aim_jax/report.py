@@ -16,14 +16,13 @@ import math
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 import aim_jax
-from aim_jax import plots, published, records, rescore, svg, tables
+from aim_jax import metrics, plots, published, records, rescore, svg, tables
 
 PREDICTIONS = 50  # rows shown of a task
 LETTERS = 400  # shown of an input
@@ -127,11 +126,20 @@ def write(
 def load(
     dirs: Sequence[pathlib.Path], scoring: str | None = None
 ) -> list[tables.Group]:
-    """The runs in and below `dirs`, in groups. Raises InputError as `records`."""
+    """The runs in and below `dirs`, in groups.
+
+    Raises InputError as `records`, and for a scheme that names a task of none of them.
+    """
     runs = [records.load(path) for path in records.find(dirs)]
-    return tables.group(
-        [rescore.rescore(r, scoring) for r in runs] if scoring else runs
-    )
+    if scoring:
+        known = dict.fromkeys(name for run in runs for name in run.names)
+        for name in metrics.scheme(scoring).op.rouge_l:
+            if name not in known:
+                raise aim_jax.InputError(
+                    f"--scoring: no task '{name}'; there are {', '.join(known)}"
+                )
+        runs = [rescore.rescore(run, scoring) for run in runs]
+    return tables.group(runs)
 
 
 def to_json(groups: Sequence[tables.Group]) -> dict[str, Any]:
@@ -422,7 +430,7 @@ def _begins(file: pathlib.Path, mark: str) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, files out."""
-    try:
+    with aim_jax.command(argv[:1]):
         if not flags.FLAGS.out:
             raise aim_jax.InputError(
                 "--out FILE.html is missing: where to write the page"
@@ -436,9 +444,6 @@ def main(argv: Sequence[str]) -> None:
                     " name or move it away"
                 )
         write([pathlib.Path(a) for a in argv[1:]], out, flags.FLAGS.scoring)
-    except aim_jax.InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     print(
         f"{out} (tables also in {out.with_suffix('.md')}, {out.with_suffix('.json')})"
     )

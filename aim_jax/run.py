@@ -73,7 +73,7 @@ def run(
     parallel.meet(f"{folder} is claimed")  # before one writes there
     done = finished(folder)
     if done:
-        print(f"{folder}: this run is finished; its results are:")
+        print(f"{folder}: this run is finished")
         if not (folder / "report.html").is_file():
             write_report(folder)
         return done

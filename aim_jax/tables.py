@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import shlex
 import statistics
@@ -31,11 +32,11 @@ COSTS = (
     "Means over seeds. Probes: losses on a memory batch. Extra memory: what a method keeps"
     " beside the adapter and its optimizer (arrays, and the text of remembered rows). Extra"
     " FLOPs: by tokens without padding, one probed, or read or written to make rows of the"
-    " memory, as half a trained one, beyond what the cheapest run on the same stream trains on."
+    " memory, as half a trained one, beyond what the cheapest run on the same rows trains on."
 )
 HELD_OUT = (
     "Tasks that no run trains on: what the stream did to the rest of the model. Before: the"
-    " base as it is. Means over seeds."
+    " base, with the adapter of lora.path where a stream starts from one. Means over seeds."
 )
 PUBLISHED = (
     "Confidence: direct, read in the source; secondary, in a transcription of it; derived,"
@@ -96,7 +97,9 @@ def group(runs: Sequence[records.Run]) -> list[Group]:
         own = _settings(members[0])
         apart = [f"{k}={own.get(k, 'unset')}" for k in varied(peers)]
         if len(peers) > 1 and not 0 < len(apart) <= NAMED:
-            apart = [*apart[:NAMED], members[0].path.name]
+            paths = [str(run.path) for run in members]
+            shared = f"{os.path.commonprefix(paths)}*" if paths[1:] else paths[0]
+            apart = [*apart[:NAMED], shared]
         label = f"{method} ({', '.join(apart)})" if apart else method
         labelled.append(Group(label, members))
     return labelled
@@ -179,9 +182,13 @@ def costs_table(groups: Sequence[Group]) -> Table:
 
 
 def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float | None:
-    """Computation of `runs` beyond the cheapest training on their stream, as part of it."""
+    """Computation of `runs` beyond the cheapest training on their rows, as part of it."""
+
+    def rows(run: records.Run) -> tuple[list[str], Any]:
+        return run.names, run.settings.get("data.limit_train")
+
     own = stat(runs, "token_passes")
-    alike = [g.runs for g in groups if g.runs[0].names == runs[0].names]
+    alike = [g.runs for g in groups if rows(g.runs[0]) == rows(runs[0])]
     trained = [s.mean for r in alike if (s := stat(r, "train_tokens")) and s.mean]
     known = own and own.mean and trained
     return own.mean / min(trained) - 1 if known else None
@@ -285,7 +292,7 @@ def named(groups: Sequence[Group]) -> list[tuple[str, records.Run]]:
             name = label if run.seed is None else f"{label}, seed {run.seed}"
             clear = run.seed is not None and seeds.count(run.seed) == 1
             unique = clear or len(runs) == 1
-            pairs.append((name if unique else f"{name}, {run.path.name}", run))
+            pairs.append((name if unique else f"{name}, {run.path}", run))
     return pairs
 
 
@@ -334,7 +341,7 @@ def command(run: records.Run) -> str | None:
     if run.results.get("command") or not run.settings:
         return run.results.get("command")
     benchmark = run.settings.get("data.benchmark", "synthetic")
-    name = "quickstart" if benchmark == "synthetic" else benchmark
+    name = "quickstart" if benchmark in ("synthetic", "custom") else benchmark
     file = pathlib.Path(aim_jax.__file__).parents[1] / "configs" / f"{name}.py"
     chosen = ("method.name", "method.preset")
     choices = [f"{k}={run.settings[k]}" for k in chosen if k in run.settings]

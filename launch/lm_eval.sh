@@ -23,7 +23,8 @@ if [ ! -d "$out/model" ]; then
     part=$out/part.$$
     mkdir -p "$part"
     trap 'rm -rf "$part"' EXIT
-    .venv/bin/python -m aim_jax.export --workdir "$run" --format merged --out "$part"
+    .venv/bin/python -m aim_jax.export --workdir "$run" --format merged --out "$part" \
+        >/dev/null
     mv "$part" "$out/model"
 fi
 "$lm_eval" run --model hf --model_args "pretrained=$out/model" \

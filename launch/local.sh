@@ -10,11 +10,11 @@ processes=2 devices=4 workdir=run
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
+    --processes=* | --devices=* | --workdir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --dry-run) dry=1 && shift ;;
     --processes) processes=$2 && shift 2 ;;
     --devices) devices=$2 && shift 2 ;;
     --workdir) workdir=$2 && arguments+=("$1" "$2") && shift 2 ;;
-    --workdir=*) workdir=${1#*=} && arguments+=("$1") && shift ;;
     *) arguments+=("$1") && shift ;;
     esac
 done

@@ -12,6 +12,8 @@ nodes=1 gpus=8 per=node time=24:00:00 partition=() workdir=run
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
+    --nodes=* | --gpus=* | --per=* | --time=* | --partition=* | --workdir=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --dry-run) dry=1 && shift ;;
     --nodes) nodes=$2 && shift 2 ;;
     --gpus) gpus=$2 && shift 2 ;;
@@ -19,7 +21,6 @@ while [ $# -gt 0 ]; do
     --time) time=$2 && shift 2 ;;
     --partition) partition=("--partition=$2") && shift 2 ;;
     --workdir) workdir=$2 && arguments+=("$1" "$2") && shift 2 ;;
-    --workdir=*) workdir=${1#*=} && arguments+=("$1") && shift ;;
     *) arguments+=("$1") && shift ;;
     esac
 done

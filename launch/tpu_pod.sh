@@ -15,6 +15,8 @@ name='' zone='' type='' version=v2-alpha-tpuv5-lite spot=() bucket='' keep='' wo
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
+    --name=* | --zone=* | --type=* | --version=* | --bucket=* | --workdir=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --dry-run) dry=1 && shift ;;
     --name) name=$2 && shift 2 ;;
     --zone) zone=$2 && shift 2 ;;
@@ -24,7 +26,6 @@ while [ $# -gt 0 ]; do
     --spot) spot=(--spot) && shift ;;
     --keep) keep=1 && shift ;;
     --workdir) workdir=$2 && arguments+=("$1" "$2") && shift 2 ;;
-    --workdir=*) workdir=${1#*=} && arguments+=("$1") && shift ;;
     *) arguments+=("$1") && shift ;;
     esac
 done

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -232,7 +233,30 @@ def test_tpu_pod_goes_on_after_sigterm_but_not_after_an_error(project, status, c
     assert asked.count("create") == 1
 
 
-@pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_pod.sh"])
+SHAPES = {
+    "local.sh": ("--processes", "3", "--devices", "2"),
+    "slurm.sh": ("--nodes", "2", "--gpus", "4", "--per", "gpu", "--time", "1:00:00")
+    + ("--partition", "p"),
+    "tpu_pod.sh": ("--name", "n", "--zone", "z", "--type", "t", "--bucket", "b")
+    + ("--version", "v"),
+}
+
+
+@pytest.mark.parametrize("script", SHAPES)
+def test_a_script_takes_its_flags_with_an_equals_sign_too(project, script):
+    words = (*SHAPES[script], "--workdir", "runs/x")
+    joined = map("=".join, zip(words[::2], words[1::2], strict=True))
+    apart, joint = (
+        dry(project, script, *args, "--config", "c.py", PORT="1")
+        for args in (words, joined)
+    )
+    # The name of a temporary folder is another each time.
+    assert [re.sub(r"tmp\.\w+", "", line) for line in joint] == [
+        re.sub(r"tmp\.\w+", "", line) for line in apart
+    ]
+
+
+@pytest.mark.parametrize("script", SHAPES)
 def test_without_arguments_a_script_tells_how_to_call_it(project, script):
     done = bash(project, script)
     assert done.returncode == 2
@@ -337,8 +361,10 @@ def test_quickstart_elsewhere(project):
 def test_lm_eval_scores_the_merged_model(project):
     given = ["runs/a b", "scores", "--tasks", "gsm8k", "--limit", "5"]
     harness = str(project / ".venv/bin/lm_eval")
+    # The folder that the export names is gone when the script ends.
+    (project / ".venv/bin/python").write_text(f"{STAND_IN}\necho $7\n")
     done = bash(project, "lm_eval.sh", *given, LM_EVAL=harness)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (part,) = [c.split()[-1] for c in calls(project)[:1]]
     assert part.startswith("scores/part.")
     assert [p.name for p in (project / "scores").iterdir()] == ["model"]

@@ -264,7 +264,8 @@ def test_rows_that_suit_a_device(monkeypatch, platform, rows):
         (4, {"tensor": 3}, "parallel.tensor: 3 does not divide the 4 devices"),
         (4, {"mode": "pmap", "tensor": 2}, "needs parallel.mode=jit"),
         (3, {"exact": True}, "parallel.exact: needs one process"),
-        (4, {"exact": True, "tensor": 2}, "1, 2, 4 or 8 devices; here are 1, 2 and 4"),
+        (4, {"exact": True, "tensor": 2}, "8 devices; here are 1, auto, 2 and 4"),
+        (4, {"exact": True, "mode": "pmap"}, "8 devices; here are 1, pmap, 1 and 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(count, changes, named):

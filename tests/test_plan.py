@@ -233,6 +233,7 @@ def test_what_a_train_step_needs_and_computes_anew(remat, more):
             "model.attention: flash is for NVIDIA GPUs",
         ),
         (["--devices=3"], "16 rows at once are no multiple of the 3 groups"),
+        (["--devices=1", "--length=16"], "--length 16: a row has its answer in it"),
     ],
 )
 def test_bad_input_is_one_line(flags, message):

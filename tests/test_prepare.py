@@ -49,6 +49,7 @@ def test_survey_counts_rows_labels_and_what_splits_share():
         "distinct_labels": 2,
         "labels": {"x": 5, "": 1},
         "unseen_labels": {},
+        "not_offered": {},
     }
     assert dev["unseen_labels"] == {"y": 3}
     assert report["shared"] == {
@@ -125,6 +126,21 @@ def test_a_metric_that_is_known_stays(tmp_path, given, expected):
     prepare.prepare("superni", options, out, ["task363", "task1"], metric=given)
     kinds = json.loads((out / "tasks.json").read_text())
     assert kinds == dict(zip(("task363", "task1"), expected.split(), strict=True))
+
+
+def test_labels_that_no_prompt_offers_are_told(tmp_path):
+    folder = tmp_path / "TC/a"
+    folder.mkdir(parents=True)
+    (folder / "labels.json").write_text('["x", "y"]')
+    data = [{"sentence": s, "label": label} for s, label in ("1x", "2z", "3z")]
+    for split in tasks.SPLITS:
+        (folder / f"{split}.json").write_text(json.dumps(data))
+    options = sources.Options(tmp_path)
+    report = prepare.prepare("cl_benchmark", options, tmp_path / "out")
+    assert prepare.table(report).splitlines()[2:] == [
+        f"a: {split} labels that are none of the options: 'z' (2)"
+        for split in tasks.SPLITS
+    ]
 
 
 def test_nothing_is_written_over_and_nothing_is_half_written(tmp_path):

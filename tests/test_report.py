@@ -181,6 +181,22 @@ def test_runs_that_differ_in_more_than_seed_are_told_apart(tmp_path):
     assert names == ["aim (memory.percent=2.0)", "aim (memory.percent=1.0)"]
 
 
+def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
+    for name, r, seed in (("a", 1, 1), ("a", 1, 2), ("b", 2, 1), ("c", 3, 1)):
+        lora = config.Lora(r=r, alpha=2.0 * r, dropout=r / 9, target=(f"q{r}",))
+        cfg = config.Config(lora=lora, memory=config.Memory(batch_size=1 + r // 3))
+        make_run(tmp_path / name / f"aim-{seed}", cfg=cfg, seed=seed)
+    groups = tables.group([*map(records.load, records.find([tmp_path]))])
+    folders = [g.label.removesuffix(")").split(", ")[-1] for g in groups]
+    assert folders == [f"{tmp_path}/{f}" for f in ("a/aim-*", "b/aim-1", "c/aim-1")]
+
+
+def test_twins_are_told_apart_by_their_folders(tmp_path):
+    paths = [make_run(tmp_path / name / "aim") for name in "ab"]
+    names = [name for name, _ in tables.named(tables.group(map(records.load, paths)))]
+    assert names == [f"aim, seed 42, {path}" for path in paths]
+
+
 def test_unfinished_run_does_not_blur_the_mean_of_its_group(tmp_path):
     make_run(tmp_path / "a", seed=1)
     make_run(tmp_path / "b", seed=2)
@@ -226,6 +242,15 @@ def test_a_run_without_training_has_no_cost_to_compare_with(tmp_path, runs):
     report.write([still, runs], tmp_path / "out.html")
     _, costs = page(tmp_path / "out.html").tables[:2]
     assert {row[-2] for row in costs[1:]} == {"0 %", "60 %", "–"}
+
+
+def test_a_run_on_fewer_rows_is_no_measure_of_cost(tmp_path, runs):
+    data = config.Data(benchmark="standard_cl", order=4, limit_train=10)
+    few = make_run(tmp_path / "few", "sequential", cfg=config.Config(data=data))
+    edit_results(few, work={"steps": 3, "train_tokens": 90})
+    report.write([few, runs], tmp_path / "out.html")
+    _, costs = page(tmp_path / "out.html").tables[:2]
+    assert {row[-2] for row in costs[1:]} == {"0 %", "60 %"}
 
 
 def test_run_that_did_not_count_its_work_has_no_costs(tmp_path):
@@ -643,10 +668,17 @@ def test_what_cannot_be_written_leaves_the_old_page(tmp_path):
     assert not list(run.glob(".*.new"))
 
 
-def test_command_gives_the_config_back(tmp_path):
-    changes = ["data.tasks=agnews,yahoo", "train.micro_batch_size=4", "lora.r=16"]
-    changes += ["method.name=aim", "method.preset=paper", "train.average=micro_batch"]
-    cfg = config.load(str(ROOT / "configs" / "standard_cl.py"), changes)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("standard_cl", ["data.tasks=agnews,yahoo", "train.micro_batch_size=4"]),
+        ("quickstart", ["data.benchmark=custom", "data.root=pets", "data.tasks=a"]),
+    ],
+)
+def test_command_gives_the_config_back(tmp_path, name, changes):
+    changes = [*changes, "lora.r=16", "method.name=aim", "method.preset=paper"]
+    changes += ["train.average=micro_batch"]
+    cfg = config.load(str(ROOT / "configs" / f"{name}.py"), changes)
     run = make_run(tmp_path / "run")
     write_json(run / "config.json", config.to_json(cfg))
     edit_results(run, seed=cfg.train.seed)
@@ -689,6 +721,7 @@ def test_command_line_errors_are_one_line_and_exit_2(tmp_path, runs):
         done = call(*arguments)
         assert done.returncode == 2
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("error: ")
     assert not (tmp_path / "a.html").exists()
 
 

@@ -91,6 +91,11 @@ def test_rouge_by_name(run):
     assert scored == pytest.approx([2 / 3, 2 / 3])
 
 
+def test_rouge_of_a_task_that_no_run_has_is_refused(run):
+    with pytest.raises(aim_jax.InputError, match="no task 'task87'; there are task363"):
+        report.load([run.path], "rouge_l=task363+task87")
+
+
 def test_predictions_are_marked_anew(run):
     first, last = rescore.rescore(run, "sound").tasks
     assert [row["score"] for row in first.predictions] == [1.0, 0.0, 1.0]

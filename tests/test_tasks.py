@@ -165,6 +165,7 @@ def test_synthetic_tasks_come_from_the_seed():
         ({"tasks": ("cb", "cb")}, "data.tasks: 'cb' is there twice"),
         ({"benchmark": "synthetic", "tasks": ("cb",)}, "data.tasks: no task 'cb'"),
         ({"benchmark": "synthetic", "order": 9}, "data.order: no order 9"),
+        ({"benchmark": "synthetic"}, "data.root: .*set data.benchmark, to .*custom"),
         ({"benchmark": "custom"}, "data.tasks: .*no order of its own.*of agnews, am"),
         ({"benchmark": "custom", "tasks": ("x",)}, "no task 'x'.*agnews, amazon"),
         ({"tasks": ("cb",)}, r"train: no cb.json or cb_T5.json.*tasks there: agnews"),

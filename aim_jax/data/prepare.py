@@ -68,9 +68,9 @@ def prepare(
         files |= {f"{s}/{name}.json": rows for s, rows in splits.items()}
         entries[name] = {
             "metric": kind,
-            "found": survey(found.splits),
+            "found": survey(found.splits, found.options),
             "dropped": {"repeated": found.repeated, **dropped},
-            "written": survey(splits),
+            "written": survey(splits, found.options),
         }
     plain = options._asdict() | {"source": str(options.source)}
     plain["instructions"] = options.instructions and str(options.instructions)
@@ -80,12 +80,12 @@ def prepare(
     return report
 
 
-def survey(splits: sources.Splits) -> dict[str, Any]:
+def survey(splits: sources.Splits, options: Sequence[str] = ()) -> dict[str, Any]:
     """Counts of a task's rows, repeated inputs and labels, and of inputs in two splits.
 
     Inputs that differ in nothing but white space are the same input. A share is that of the
     smaller split's inputs. Labels have the most frequent first, fifty at most; the unseen
-    ones are those that train lacks.
+    ones are those that train lacks, those not offered none of the `options`, if there are any.
     """
     inputs = {s: {tasks.key(row) for row in rows} for s, rows in splits.items()}
     counts = {s: collections.Counter(r["output"] for r in splits[s]) for s in splits}
@@ -104,6 +104,9 @@ def survey(splits: sources.Splits) -> dict[str, Any]:
             "labels": dict(labels[:50]),
             "unseen_labels": dict(
                 [x for x in labels if x[0] not in counts["train"]][:50]
+            ),
+            "not_offered": dict(
+                [x for x in labels if options and x[0] not in options][:50]
             ),
         }
 
@@ -166,10 +169,12 @@ def table(report: Mapping[str, Any]) -> str:
         for split, x in splits.items():
             if x["unlabelled"]:
                 notes.append(f"{name}: {x['unlabelled']} {split} rows have no label")
-            if x["unseen_labels"] and entry["metric"] == "exact":
-                unseen = [f"'{k}' ({n})" for k, n in x["unseen_labels"].items()]
-                text = tasks.listed(unseen, 5)
-                notes.append(f"{name}: {split} labels not in train: {text}")
+            odd = {"that are none of the options": x["not_offered"]}
+            if entry["metric"] == "exact":
+                odd["not in train"] = x["unseen_labels"]
+            for what, labels in odd.items():
+                text = tasks.listed([f"'{k}' ({n})" for k, n in labels.items()], 5)
+                notes += [f"{name}: {split} labels {what}: {text}"] if labels else []
         took = [f"{way} {n}" for way, n in entry["dropped"].items() if n]
         if took:
             sizes = [str(x["rows"]) for x in entry["written"]["splits"].values()]

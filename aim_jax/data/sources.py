@@ -65,11 +65,16 @@ class Options(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A task of a source; repeated: rows left out because an earlier one has their input."""
+    """A task of a source.
+
+    repeated: rows left out because an earlier one has their input; options: the answers
+    that its prompts offer, where they are known.
+    """
 
     splits: Splits
     metric: str | None = None
     repeated: int = 0
+    options: Sequence[str] = ()
 
 
 # Tasks by name, read one by one: a source may hold far more than are asked for.
@@ -126,7 +131,8 @@ def cl_benchmark(options: Options) -> Readers:
                 f"{folder}: no instruction for group '{group}' or task '{folder.name}';"
                 f" there are {tasks.listed(prompts)}; add one by --instructions=FILE"
             )
-        choices = ", ".join(_array(folder / "labels.json", str))
+        offered = _array(folder / "labels.json", str)
+        choices = ", ".join(offered)
         splits = {}
         for split in tasks.SPLITS:
             path = folder / f"{split}.json"
@@ -138,7 +144,7 @@ def cl_benchmark(options: Options) -> Readers:
                 label = _field(path, i, rows[i], "label")
                 row = _row(f"{path}: row {i}", f"{name}_{i}", text, label)
                 splits[split].append(row)
-        return Found(splits)
+        return Found(splits, options=offered)
 
     return _readers(read, places)
 

@@ -117,6 +117,12 @@ def load(cfg: config.Data) -> list[Task]:
     limits = {"train": cfg.limit_train, "dev": cfg.limit_dev, "test": cfg.limit_test}
     if cfg.benchmark == "synthetic":
         names = _stream(cfg, benchmark.orders, synthetic.NAMES)
+        if cfg.root is not None:
+            others = listed(name for name in BENCHMARKS if name != cfg.benchmark)
+            raise aim_jax.InputError(
+                f"data.root: benchmark 'synthetic' reads no folder; to use '{cfg.root}' set"
+                f" data.benchmark, to one of {others}"
+            )
         sizes = (synthetic.TRAIN, synthetic.DEV, synthetic.TEST)
         splits = {n: synthetic.task(n, cfg.seed, *sizes) for n in names}
         kinds = benchmark.metrics
