@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
             "\nstopped; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
-        sys.exit(130)
+        leave(130)
     except Exception:
         if not jax.distributed.is_initialized():
             raise

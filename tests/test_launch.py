@@ -498,6 +498,11 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
         call()
     assert ended.value.code == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
+    # One of several processes does not wait for the others, which wait for it.
+    monkeypatch.setattr(main.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(main.os, "_exit", lambda status: sys.exit(f"at once: {status}"))
+    with pytest.raises(SystemExit, match="at once: 130"):
+        call()
 
 
 def test_the_first_interrupt_saves_and_the_second_stops_at_once(monkeypatch):
