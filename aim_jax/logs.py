@@ -62,10 +62,15 @@ def writing(target: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other runs out of `folder`. Raises InputError if one is at work there."""
+    """Keep other runs out of `folder`, which is made unless it is there.
+
+    Raises InputError if one is at work there.
+    """
     if not leads:
         yield
         return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ let the method decide, go on from the state it gives back.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import pathlib
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +89,7 @@ def run(
             )
     inputs = jobs.fingerprints(job)
     with (
-        logs.alone(folder),
+        hold(job),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
     ):
         place, facts = restore(job, job.method, inputs, checkpointer)
@@ -188,6 +189,16 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
                 f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
                 f"{also if wanted != folder else ''}"
             )
+
+
+@contextlib.contextmanager
+def hold(job: jobs.Job) -> Iterator[None]:
+    """Keep other runs out of the folder of `job`, which tells from now on what it is of."""
+    with logs.alone(job.folder):
+        if logs.leads:
+            claim(job.cfg, job.folder)  # Another may have begun there since.
+        jobs.write(job)
+        yield
 
 
 def finished(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The main job on small streams: results, resume, compilations, speculation, bad input."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -219,7 +220,7 @@ def test_a_stream_that_starts_from_an_adapter(sequence, tmp_path):
     # Begun with another adapter, a run is not gone on with.
     other = shutil.copytree(sequence[0] / "adapters" / f"01-{TASKS[1]}", tmp_path / "o")
     cfg = plain(data__tasks=TASKS[1:2], lora__path=str(other))
-    jobs.prepare(cfg, tmp_path / "begun")
+    jobs.write(jobs.prepare(cfg, tmp_path / "begun"))
     shutil.copytree(tmp_path / "second" / "checkpoints", tmp_path / "begun/checkpoints")
     with pytest.raises(aim_jax.InputError, match="lora.path .*changed since"):
         run.run(cfg, tmp_path / "begun")
@@ -599,6 +600,26 @@ def test_two_processes_do_not_share_a_run(unfinished):
     with logs.alone(unfinished):
         with pytest.raises(aim_jax.InputError, match="another process is at work"):
             run.run(make(eval__fwt=True), unfinished)
+
+
+def test_a_run_that_begins_at_the_same_time_leaves_the_other_its_config(tmp_path):
+    cfg = make(data__tasks=TASKS[:1])
+
+    def other(cfg):
+        loaded = jobs.load_model(cfg)  # meanwhile the folder becomes another's
+        if begins:
+            logs.write(tmp_path / "run" / "config.json", theirs)
+        return loaded
+
+    theirs = json.dumps(config.to_json(make(train__seed=7)), indent=1)
+    for begins in (False, True):
+        held = contextlib.nullcontext() if begins else logs.alone(tmp_path / "run")
+        words = "train.seed: 7" if begins else "another process is at work"
+        with held, pytest.raises(aim_jax.InputError, match=words):
+            run.run(cfg, tmp_path / "run", other)
+        files = [p.name for p in (tmp_path / "run").iterdir()]
+        assert files == ["config.json"] * begins
+    assert (tmp_path / "run" / "config.json").read_text() == theirs
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path, monkeypatch):
