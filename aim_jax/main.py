@@ -107,6 +107,7 @@ def connect() -> None:
 def leave(status: int) -> NoReturn:
     """Exit; of several processes at once, or JAX would wait for the others."""
     if jax.distributed.is_initialized():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

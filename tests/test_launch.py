@@ -505,6 +505,19 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
         call()
 
 
+def test_what_was_printed_before_a_failure_is_not_lost():
+    code = """
+from aim_jax import main
+main.jax.distributed.is_initialized = lambda: True
+print("after the first task")
+main.leave(2)
+"""
+    left = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=left, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "after the first task\n")
+
+
 def test_the_first_interrupt_saves_and_the_second_stops_at_once(monkeypatch):
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(preemption, "_noticed", None)
