@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+import types
 
 import crash
 import jax
@@ -679,6 +680,27 @@ def test_missing_model_or_data_leave_no_workdir(tmp_path):
         with pytest.raises(aim_jax.InputError, match=culprit):
             run.run(cfg, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_seconds_count_what_came_before_a_stop(tmp_path, monkeypatch):
+    """A clock that counts steps; the second single-task run is stopped."""
+    cfg = make(data__tasks=TASKS[:2], eval__fwt=True, checkpoint__steps=1)
+    real, stops, clock = run._read, [3 * 12 + 5], [0]
+
+    def read(*args):
+        if clock[0] in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+        clock[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(run, "_read", read)
+    fake = types.SimpleNamespace(perf_counter=lambda: float(clock[0]))
+    monkeypatch.setattr(run, "time", fake)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(cfg, tmp_path / "run")
+    seconds = run.run(cfg, tmp_path / "run")["seconds"]
+    assert seconds == {"train": 24, "evaluate": 0, "single": 24, "total": 48}
 
 
 def test_held_out_predictions_are_made_once(tmp_path, monkeypatch):
