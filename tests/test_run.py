@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import types
 
@@ -721,6 +722,22 @@ def test_tensorboard_without_its_package_is_refused_first(tmp_path, monkeypatch)
     with pytest.raises(aim_jax.InputError, match="pip install tensorboardX"):
         run.run(make(logs__tensorboard=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_does_not_hang_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    code = f"""
+import pathlib, resource
+from aim_jax import logs
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+with logs.board(pathlib.Path({str(tmp_path / "board")!r}), True) as board:
+    for step in range(4000):
+        board(0, "metrics", step, {{"loss": 1.0}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
+    assert "InputError" in done.stderr and "board: cannot be written" in done.stderr
 
 
 def test_signals_are_plain_numbers():
