@@ -184,9 +184,9 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
-    written = [folder]
-    if cfg.eval.fwt and not finished(folder):
-        written.append(alone_folder(folder))
+    if finished(folder):
+        return
+    written = [folder, alone_folder(folder)] if cfg.eval.fwt else [folder]
     for wanted in written:
         above = (wanted.absolute(), *wanted.absolute().parents)
         there = next(p for p in above if p.exists())

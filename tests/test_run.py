@@ -637,6 +637,11 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path, monkeypat
         run.claim(make(eval__fwt=True), tmp_path / "run")
 
 
+def test_a_finished_run_may_lie_where_nothing_can_be_written(whole, monkeypatch):
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    assert run.run(make(eval__fwt=True), whole[0]) == whole[1]
+
+
 def test_a_run_killed_while_it_wrote_its_config_begins_anew(tmp_path):
     (tmp_path / "config.json.123.part").write_text("{")
     run.claim(make(), tmp_path)
