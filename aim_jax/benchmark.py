@@ -200,7 +200,7 @@ def plain(
 
 def real(cfg: config.Config, prompts: int) -> Bench:
     """The second task of the config's stream."""
-    job = _prepared(cfg)
+    job = jobs.prepare(cfg, pathlib.Path())
     task, rows = _second(job), job.stream[1].test[:prompts]
     prompts_ = batches.encode(job.text, rows, truncate=False)
     return Bench(job, task, prompts_, equal=False)
@@ -521,7 +521,7 @@ def padding(cfg: config.Config) -> dict[str, Any]:
     its longest row. `lengths`: all that a part is cut to. `decoding`: of evaluation.
     """
     cfg = _with(cfg, train={"epochs": 1})
-    job = _prepared(cfg)
+    job = jobs.prepare(cfg, pathlib.Path())
     micro = cfg.train.micro_batch_size or cfg.train.batch_size
     buckets = sorted(cfg.data.buckets)
     ran, real, lengths = collections.Counter(), 0, set()
@@ -758,11 +758,6 @@ def _with(cfg: config.Config, **sections: dict[str, Any]) -> config.Config:
         for name, values in sections.items()
     }
     return dataclasses.replace(cfg, **parts)
-
-
-def _prepared(cfg: config.Config) -> jobs.Job:
-    with tempfile.TemporaryDirectory() as folder:
-        return jobs.prepare(cfg, pathlib.Path(folder))
 
 
 def _second(job: jobs.Job) -> jobs.Lesson:

@@ -48,9 +48,14 @@ def open(folder: pathlib.Path, keep: int) -> Iterator[Checkpointer]:
 
 
 def age(checkpointer: Checkpointer) -> float:
-    """Seconds since the newest checkpoint was begun; infinite where there is none."""
+    """Seconds since the newest checkpoint was begun; infinite where there is none.
+
+    By a clock that was set back since then, those from now until it is so late again.
+    """
     newest = checkpointer.latest
-    return time.time() - newest.commit_timestamp_nsecs / 1e9 if newest else math.inf
+    if not newest:
+        return math.inf
+    return abs(time.time() - newest.commit_timestamp_nsecs / 1e9)
 
 
 def save(

@@ -142,7 +142,7 @@ def prepare(
     folder: pathlib.Path,
     load: Callable[[config.Config], Loaded] = load_model,
 ) -> Job:
-    """Load the data, and by `load` all that no seed changes; then write config.json."""
+    """Load the data, and by `load` all that no seed changes."""
     found = stream = tasks.load(cfg.data)
     if not cfg.train.validation_leaks:
         stream = tasks.without_leaks(found, cfg.train.validation_rows)
@@ -163,9 +163,6 @@ def prepare(
         start = hf.start(cfg.lora, base.params, base.keys)
         start = jax.device_put(start, devices.replicated)
     kept = remember(cfg.memory, stream) if loaded.method.memory else []
-    logs.write(folder / "config.json", json.dumps(config.to_json(cfg), indent=1))
-    for number, (task, rows) in enumerate(zip(stream, kept, strict=False)):
-        logs.write_rows(folder / "memory" / f"{number:02d}-{task.name}.jsonl", rows)
     return Job(
         cfg=cfg,
         folder=folder,
@@ -177,6 +174,15 @@ def prepare(
         work=collections.Counter(),
         **vars(dataclasses.replace(loaded, text=text)),
     )
+
+
+def write(job: Job) -> None:
+    """Write config.json, and the rows that the memory has from the start."""
+    text = json.dumps(config.to_json(job.cfg), indent=1)
+    logs.write(job.folder / "config.json", text)
+    for number, (task, rows) in enumerate(zip(job.stream, job.memory, strict=False)):
+        file = job.folder / "memory" / f"{number:02d}-{task.name}.jsonl"
+        logs.write_rows(file, rows)
 
 
 def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.Row]]:

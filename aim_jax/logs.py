@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -62,10 +63,15 @@ def writing(target: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other runs out of `folder`. Raises InputError if one is at work there."""
+    """Keep other runs out of `folder`, which is made unless it is there.
+
+    Raises InputError if one is at work there.
+    """
     if not leads:
         yield
         return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,15 +131,34 @@ def board(folder: pathlib.Path, wanted: bool, done: int = 0) -> Iterator[Board]:
     if not (wanted and leads):
         yield lambda first, group, step, values: None
         return
-    purge = {"purge_step": done + 1} if done else {}
-    with tensorboard().SummaryWriter(str(folder), **purge) as writer:
+    package = tensorboard()
+    protocol = package.proto.event_pb2
+    # Not SummaryWriter: its thread dies of a full disk, and whoever feeds it waits forever.
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = package.event_file_writer.EventsWriter(str(folder / "events"))
 
-        def write(first: int, group: str, step: int, values: dict[str, Any]) -> None:
+    def add(step: int, **content: Any) -> None:
+        event = protocol.Event(wall_time=time.time(), step=step, **content)
+        writer.write_event(event)
+
+    def write(first: int, group: str, step: int, values: dict[str, Any]) -> None:
+        with writing(folder):
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
-                    writer.add_scalar(f"{group}/{name}", value, first + step)
+                    summary = package.summary.scalar(f"{group}/{name}", value)
+                    add(first + step, summary=summary)
+            if "loss" not in values:  # not at every step
+                writer.flush()
 
+    if done:
+        start = protocol.SessionLog(status=protocol.SessionLog.START)
+        add(done + 1, session_log=start)
+    try:
         yield write
+    finally:
+        with writing(folder):
+            writer.close()
 
 
 def _place(line: str) -> tuple[float, float]:

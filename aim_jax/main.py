@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
             "\nstopped; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
-        sys.exit(130)
+        leave(130)
     except Exception:
         if not jax.distributed.is_initialized():
             raise
@@ -107,6 +107,7 @@ def connect() -> None:
 def leave(status: int) -> NoReturn:
     """Exit; of several processes at once, or JAX would wait for the others."""
     if jax.distributed.is_initialized():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

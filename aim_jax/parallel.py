@@ -105,7 +105,7 @@ def open_devices(
     if mode == "auto":
         several = count > 1 and cfg.tensor == 1
         own = next(d for d in devices if d.process_index == jax.process_index())
-        whole = several and _fits(own, base_bytes())
+        whole = several and agreed(_fits(own, base_bytes()))
         mode = "pmap" if whole and not apart else "jit"
     if count % cfg.tensor:
         raise aim_jax.InputError(

@@ -5,6 +5,7 @@ let the method decide, go on from the state it gives back.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import pathlib
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +89,7 @@ def run(
             )
     inputs = jobs.fingerprints(job)
     with (
-        logs.alone(folder),
+        hold(job),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
     ):
         place, facts = restore(job, job.method, inputs, checkpointer)
@@ -97,14 +98,18 @@ def run(
             written = job.stream[:-1][: len(matrix)]
             job.memory.extend(tasks.remembered(folder, t.name) for t in written)
         counts = [jobs.total_steps(job, n) for n in range(len(job.stream))]
-        before = seconds["total"]
         passed = sum(counts[: len(matrix)]) + place.step
 
+        def count() -> None:
+            nonlocal began
+            began, before = time.perf_counter(), began
+            seconds["total"] += began - before
+
         def save(place: Place) -> None:
-            seconds["total"] = before + time.perf_counter() - began
+            count()
             total = (*counts, 0)[len(matrix)]
             # A task that ends and the next one that begins have numbers of their own.
-            first = sum(counts[: len(matrix)]) + len(matrix)
+            first = sum(counts[: len(matrix)]) + len(matrix) + len(facts["single"])
             keep(job, checkpointer, place, facts, first, total)
 
         begin(job, checkpointer, place, save)
@@ -140,8 +145,11 @@ def run(
         facts["before_after"] = before_after if job.held_out else None
         single = None
         if cfg.eval.fwt:
-            single = [single_score(job, n, inputs, seconds) for n in range(len(counts))]
-        seconds["total"] = before + time.perf_counter() - began
+            single = facts["single"]
+            for number in range(len(single), len(counts)):
+                single.append(single_score(job, number, inputs, seconds))
+                save(place)
+        count()
         results = write_results(job, facts, single, finished=True)
         write_report(folder)
         if logs.leads:
@@ -176,9 +184,9 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
-    written = [folder]
-    if cfg.eval.fwt and not finished(folder):
-        written.append(alone_folder(folder))
+    if finished(folder):
+        return
+    written = [folder, alone_folder(folder)] if cfg.eval.fwt else [folder]
     for wanted in written:
         above = (wanted.absolute(), *wanted.absolute().parents)
         there = next(p for p in above if p.exists())
@@ -188,6 +196,16 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
                 f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
                 f"{also if wanted != folder else ''}"
             )
+
+
+@contextlib.contextmanager
+def hold(job: jobs.Job) -> Iterator[None]:
+    """Keep other runs out of the folder of `job`, which tells from now on what it is of."""
+    with logs.alone(job.folder):
+        if logs.leads:
+            claim(job.cfg, job.folder)  # Another may have begun there since.
+        jobs.write(job)
+        yield
 
 
 def finished(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -203,7 +221,7 @@ def restore(
     inputs: dict[str, str],
     checkpointer: checkpoint.Checkpointer,
 ) -> tuple[Place, dict[str, Any]]:
-    """The place and the facts (score matrix, seconds) of the newest checkpoint.
+    """The place and the facts (scores, seconds) of the newest checkpoint.
 
     Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
@@ -211,13 +229,14 @@ def restore(
     facts: dict[str, Any] = {
         "inputs": inputs,
         "matrix": [],
+        "single": [],
         "seconds": dict.fromkeys(("train", "evaluate", "single", "total"), 0.0),
         "work": job.work,
     }
     saved = checkpoint.latest(checkpointer, pack(place)[0], job.devices.replicated)
     if not saved:
         return place, facts
-    arrays, facts = saved
+    arrays, facts = saved[0], facts | saved[1]
     changed = [name for name in inputs if facts["inputs"].get(name) != inputs[name]]
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
@@ -641,6 +660,7 @@ def learn_alone(
     total = batches.total_steps(len(alone.train), job.cfg.train)
     with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
         place, facts = restore(apart, method, inputs, checkpointer)
+        own, before = facts["seconds"], facts["seconds"]["single"]
         bar = logs.bar(total, place.step, job.cfg.logs.progress)
         bar.set_description(f"single {task.name}")
 
@@ -649,12 +669,14 @@ def learn_alone(
                 logs.show(bar, {"loss": row["loss"]})
 
         def save(place: Place) -> None:
+            own["single"] = before + time.perf_counter() - began
             keep(apart, checkpointer, place, facts, 0, total)
 
         with bar:
             place = train(apart, method, alone, place, log, save)
     (made,) = predict(job, place.state.delta, [task])
-    seconds["single"] += time.perf_counter() - began
+    seconds["single"] += before + time.perf_counter() - began
+    seconds["total"] += before  # What came since is counted by `run`.
     return made
 
 

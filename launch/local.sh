@@ -22,7 +22,7 @@ done
 port=${PORT:-$((20000 + RANDOM % 10000))}
 
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-trap 'kill -TERM $(jobs -p) 2>/dev/null || true' TERM
+trap 'kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT
 for ((i = 0; i < processes; i++)); do
     command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices"
         .venv/bin/python -m aim_jax.main "${arguments[@]}"

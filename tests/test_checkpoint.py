@@ -3,6 +3,7 @@
 import logging
 import shutil
 import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,15 @@ def test_there_is_none_in_a_new_folder(tmp_path):
     with checkpoint.open(tmp_path / "new", 2) as checkpointer:
         assert checkpoint.latest(checkpointer, tree(0), SHARDING) is None
         assert checkpoint.age(checkpointer) == float("inf")
+
+
+def test_a_clock_that_was_set_back_does_not_keep_checkpoints_from_growing_old(
+    saved, monkeypatch
+):
+    now = time.time()
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now - 86400)
+    with checkpoint.open(saved, 2) as checkpointer:
+        assert checkpoint.age(checkpointer) > 80000
 
 
 def test_facts_may_change_while_they_are_written(tmp_path):

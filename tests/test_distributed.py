@@ -35,6 +35,10 @@ def job(argv):
     assert logs.leads == (me == 0)
     devices = parallel.open_devices(config.Parallel())
     assert (devices.count, devices.mode, devices.whole) == (8, "jit", True)
+    # Where the base fits into the devices of the first process alone, all do as it does.
+    fits, parallel._fits = parallel._fits, lambda device, size: me == 0
+    assert parallel.open_devices(config.Parallel()).whole
+    parallel._fits = fits
     # Each process holds its own rows and no other; all are given back.
     rows = np.arange(48).reshape(16, 3)
     batch = parallel.place({"inputs": rows[None]}, devices)["inputs"]

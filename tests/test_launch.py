@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -126,6 +127,31 @@ def test_local_ends_when_a_process_fails(project):
         'case "$*" in *--process=1) exit 3 ;; *) exec sleep 600 ;; esac\n'
     )
     assert bash(project, "local.sh", *JOB).returncode == 3
+
+
+def test_local_waits_after_an_interrupt_until_all_is_saved(project):
+    program = project / ".venv/bin/python"
+    program.write_text(
+        "#!/usr/bin/env bash\n"
+        "trap 'sleep 1; echo saved; exit 0' TERM\n"
+        "echo begun\n"
+        "while :; do sleep 0.1; done\n"
+    )
+    script = subprocess.Popen(
+        ["bash", str(project / "launch/local.sh"), *JOB],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C goes to the whole group.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert script.stdout.readline() == "begun\n"
+    other = project / "runs/x.process-1.log"
+    while not (other.is_file() and other.read_text()):
+        time.sleep(0.05)
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.wait() == 0
+    assert script.stdout.read() == "saved\n"
+    assert other.read_text() == "begun\nsaved\n"
 
 
 @pytest.mark.parametrize(("per", "tasks"), [("node", 1), ("gpu", 8)])
@@ -524,6 +550,24 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
         call()
     assert ended.value.code == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
+    # One of several processes does not wait for the others, which wait for it.
+    monkeypatch.setattr(main.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(main.os, "_exit", lambda status: sys.exit(f"at once: {status}"))
+    with pytest.raises(SystemExit, match="at once: 130"):
+        call()
+
+
+def test_what_was_printed_before_a_failure_is_not_lost():
+    code = """
+from aim_jax import main
+main.jax.distributed.is_initialized = lambda: True
+print("after the first task")
+main.leave(2)
+"""
+    left = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=left, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "after the first task\n")
 
 
 def test_the_first_interrupt_saves_and_the_second_stops_at_once(monkeypatch):

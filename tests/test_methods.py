@@ -167,7 +167,6 @@ class Runs:
         self.job = jobs.prepare(self.cfg, folder / "unused")
 
     def job_in(self, cfg, folder, load):
-        logs.write(folder / "config.json", json.dumps(config.to_json(cfg)))
         return dataclasses.replace(
             self.job,
             folder=folder,

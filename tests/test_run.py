@@ -1,6 +1,7 @@
 """The main job on small streams: results, resume, compilations, speculation, bad input."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -9,7 +10,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import types
 
 import crash
 import jax
@@ -219,7 +222,7 @@ def test_a_stream_that_starts_from_an_adapter(sequence, tmp_path):
     # Begun with another adapter, a run is not gone on with.
     other = shutil.copytree(sequence[0] / "adapters" / f"01-{TASKS[1]}", tmp_path / "o")
     cfg = plain(data__tasks=TASKS[1:2], lora__path=str(other))
-    jobs.prepare(cfg, tmp_path / "begun")
+    jobs.write(jobs.prepare(cfg, tmp_path / "begun"))
     shutil.copytree(tmp_path / "second" / "checkpoints", tmp_path / "begun/checkpoints")
     with pytest.raises(aim_jax.InputError, match="lora.path .*changed since"):
         run.run(cfg, tmp_path / "begun")
@@ -601,6 +604,26 @@ def test_two_processes_do_not_share_a_run(unfinished):
             run.run(make(eval__fwt=True), unfinished)
 
 
+def test_a_run_that_begins_at_the_same_time_leaves_the_other_its_config(tmp_path):
+    cfg = make(data__tasks=TASKS[:1])
+
+    def other(cfg):
+        loaded = jobs.load_model(cfg)  # meanwhile the folder becomes another's
+        if begins:
+            logs.write(tmp_path / "run" / "config.json", theirs)
+        return loaded
+
+    theirs = json.dumps(config.to_json(make(train__seed=7)), indent=1)
+    for begins in (False, True):
+        held = contextlib.nullcontext() if begins else logs.alone(tmp_path / "run")
+        words = "train.seed: 7" if begins else "another process is at work"
+        with held, pytest.raises(aim_jax.InputError, match=words):
+            run.run(cfg, tmp_path / "run", other)
+        files = [p.name for p in (tmp_path / "run").iterdir()]
+        assert files == ["config.json"] * begins
+    assert (tmp_path / "run" / "config.json").read_text() == theirs
+
+
 def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path, monkeypatch):
     # Root may write anywhere but on what is mounted so.
     monkeypatch.setattr(run.os, "access", lambda path, mode: path != tmp_path)
@@ -612,6 +635,11 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path, monkeypat
     run.claim(make(), tmp_path / "run")
     with pytest.raises(aim_jax.InputError, match=f"'{tmp_path}' cannot be written to"):
         run.claim(make(eval__fwt=True), tmp_path / "run")
+
+
+def test_a_finished_run_may_lie_where_nothing_can_be_written(whole, monkeypatch):
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    assert run.run(make(eval__fwt=True), whole[0]) == whole[1]
 
 
 def test_a_run_killed_while_it_wrote_its_config_begins_anew(tmp_path):
@@ -660,6 +688,27 @@ def test_missing_model_or_data_leave_no_workdir(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_seconds_count_what_came_before_a_stop(tmp_path, monkeypatch):
+    """A clock that counts steps; the second single-task run is stopped."""
+    cfg = make(data__tasks=TASKS[:2], eval__fwt=True, checkpoint__steps=1)
+    real, stops, clock = run._read, [3 * 12 + 5], [0]
+
+    def read(*args):
+        if clock[0] in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+        clock[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(run, "_read", read)
+    fake = types.SimpleNamespace(perf_counter=lambda: float(clock[0]))
+    monkeypatch.setattr(run, "time", fake)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(cfg, tmp_path / "run")
+    seconds = run.run(cfg, tmp_path / "run")["seconds"]
+    assert seconds == {"train": 24, "evaluate": 0, "single": 24, "total": 48}
+
+
 def test_held_out_predictions_are_made_once(tmp_path, monkeypatch):
     held = tmp_path / "held" / "test"
     held.mkdir(parents=True)
@@ -678,6 +727,22 @@ def test_tensorboard_without_its_package_is_refused_first(tmp_path, monkeypatch)
     with pytest.raises(aim_jax.InputError, match="pip install tensorboardX"):
         run.run(make(logs__tensorboard=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_does_not_hang_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    code = f"""
+import pathlib, resource
+from aim_jax import logs
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+with logs.board(pathlib.Path({str(tmp_path / "board")!r}), True) as board:
+    for step in range(4000):
+        board(0, "metrics", step, {{"loss": 1.0}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
+    assert "InputError" in done.stderr and "board: cannot be written" in done.stderr
 
 
 def test_signals_are_plain_numbers():
