@@ -510,7 +510,8 @@ def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Name of each tensor in the checkpoint -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
-    if index.is_file():
+    # As transformers: beside a whole file an index, of an earlier save, says nothing.
+    if index.is_file() and not files[0].is_file():
         names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
         outside = [n for n in names if pathlib.PurePath(n).name != n]
         if outside:
