@@ -362,6 +362,16 @@ def test_config_read_as_transformers_does(name, change, same):
     assert found[0] == found[1] != family.config_from_hf(settings(name))
 
 
+def test_windows_of_some_layers():
+    """Mistral's layer_types say which (Ministral 8B); without them all layers have one."""
+    data = settings("mistral")
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    found = models.family("mistral").config_from_hf(data | {"layer_types": kinds})
+    assert [found.kinds[i].window for i in found.pattern] == [None, 4, None]
+    found = models.family("mistral").config_from_hf(data)
+    assert [found.kinds[i].window for i in found.pattern] == [4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
