@@ -176,7 +176,7 @@ def plain(
         text=batches.Text(tokenizer, kind, data, devices.count),
         devices=devices,
         steps=jobs.compile_steps(base, cfg, devices, method),
-        decode=evaluate.greedy(base.model, eos, cfg, devices),
+        decode=evaluate.greedy(base.model, (eos,), cfg, devices),
         method=method,
         work=collections.Counter(),
     )

@@ -54,26 +54,32 @@ class Decoder(NamedTuple):
 
 
 def greedy(
-    model: Any, eos: int, cfg: config.Config, devices: parallel.Devices
+    model: Any, ends: tuple[int, ...], cfg: config.Config, devices: parallel.Devices
 ) -> Decoder:
     """Decodes up to `eval.max_length` - 1 tokens, the most likely one each time.
 
-    Rows without any input end at once.
+    ends: the tokens that end a row, eos first; it stands for any of them. Rows without any
+    input end at once.
     """
 
     def likeliest(logits: jax.Array, pool: Pool) -> jax.Array:
         return logits.argmax(-1)
 
-    return _decoder(model, eos, cfg.lora, cfg.eval.max_length - 1, devices, likeliest)
+    return _decoder(model, ends, cfg.lora, cfg.eval.max_length - 1, devices, likeliest)
 
 
 def sampled(
-    model: Any, kind: str, eos: int, cfg: config.Config, devices: parallel.Devices
+    model: Any,
+    kind: str,
+    ends: tuple[int, ...],
+    cfg: config.Config,
+    devices: parallel.Devices,
 ) -> Decoder:
     """Decodes up to `memory.max_tokens`, drawn as `memory.temperature`, `.top_p` and
     `.repetition` say; a `decoder` counts the prompt as said already.
 
-    What is drawn for a row depends on the key and the row's number alone.
+    What is drawn for a row depends on the key and the row's number alone; ends: as of
+    `greedy`.
     """
 
     def draw(logits: jax.Array, pool: Pool) -> jax.Array:
@@ -83,7 +89,7 @@ def sampled(
         return jax.vmap(jax.random.categorical)(keys, left)
 
     length = cfg.memory.max_tokens
-    return _decoder(model, eos, cfg.lora, length, devices, draw, kind)
+    return _decoder(model, ends, cfg.lora, length, devices, draw, kind)
 
 
 def nucleus(logits: jax.Array, seen: jax.Array, cfg: config.Memory) -> jax.Array:
@@ -104,7 +110,7 @@ def nucleus(logits: jax.Array, seen: jax.Array, cfg: config.Memory) -> jax.Array
 
 def _decoder(
     model: Any,
-    eos: int,
+    ends: tuple[int, ...],
     cfg: config.Lora,
     length: int,
     devices: parallel.Devices,
@@ -113,13 +119,15 @@ def _decoder(
 ) -> Decoder:
     """A decoder of tokens (r,) by pick(logits, pool); sampling: the model's kind."""
     count = parallel.lanes(devices)[0].count
+    eos = ends[0]
 
     def apply(base: Tree, delta: Tree, *args: Any, method: str) -> Any:
         variables = {"params": base, "lora": lora.bind(delta, cfg)}
         return model.apply(variables, *args, method=method)
 
     def choose(logits: jax.Array, pool: Pool) -> Pool:
-        token = jnp.where(pool.done, eos, pick(logits, pool)).astype(jnp.int32)
+        token = pick(logits, pool).astype(jnp.int32)
+        token = jnp.where(pool.done | jnp.isin(token, jnp.array(ends)), eos, token)
         rows = jnp.arange(len(token))
         count = pool.count + ~pool.done
         said = pool.said

@@ -86,13 +86,14 @@ def load_model(cfg: config.Config) -> Loaded:
     """Base and tokenizer, and the functions over them, compiled lazily."""
     devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
     base = hf.load(cfg.model, devices)
-    tokenizer = batches.tokenizer(hf.directory(cfg.model.path))
+    folder = hf.directory(cfg.model.path)
+    tokenizer = batches.tokenizer(folder)
     lora.targets(base.keys, cfg.lora)
     method = methods.module(cfg.method.name).make(cfg.method)
     compiled = plain = compile_steps(base, cfg, devices, method)
     if method.compose or method.penalty or method.gradients:
         plain = compile_steps(base, cfg, devices, methods.Method())
-    eos = tokenizer.eos_token_id
+    ends = hf.ends(folder, tokenizer.eos_token_id)
     return Loaded(
         base=base,
         text=batches.Text(
@@ -105,8 +106,8 @@ def load_model(cfg: config.Config) -> Loaded:
         devices=devices,
         steps=compiled,
         plain=plain,
-        decode=evaluate.greedy(base.model, eos, cfg, devices),
-        sample=evaluate.sampled(base.model, base.family.KIND, eos, cfg, devices),
+        decode=evaluate.greedy(base.model, ends, cfg, devices),
+        sample=evaluate.sampled(base.model, base.family.KIND, ends, cfg, devices),
         method=method,
     )
 

@@ -251,7 +251,7 @@ def programs(
         prompt = _on(prompt, NamedSharding(devices.mesh, P(parallel.AXIS)))
         limited = dataclasses.replace(cfg.eval, max_length=target + 1)
         cfg_ = dataclasses.replace(cfg, eval=limited)
-        decoder = evaluate.greedy(model, 1, cfg_, devices)
+        decoder = evaluate.greedy(model, (1,), cfg_, devices)
         rows = cfg.eval.batch_size
         places = _on(jax.ShapeDtypeStruct((rows,), jnp.int32), prompt["mask"].sharding)
 

@@ -97,7 +97,7 @@ def open_case(
         cfg,
         jax.jit(jax.value_and_grad(loss, has_aux=True)),
         jax.jit(steps.make(base.model, cfg, methods.Method()).train),
-        evaluate.greedy(base.model, make_models.EOS, cfg, devices),
+        evaluate.greedy(base.model, (make_models.EOS,), cfg, devices),
         devices,
     )
 

@@ -194,7 +194,7 @@ class Echo:
 @pytest.fixture(scope="module")
 def decoder(text, devices):
     cfg = config.Config(eval=config.Eval(max_length=5))
-    return evaluate.greedy(Echo(), text.tokenizer.eos_token_id, cfg, devices)
+    return evaluate.greedy(Echo(), (text.tokenizer.eos_token_id,), cfg, devices)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Decoding: the same tokens in any batch, and those of teacher forcing; sampling."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def setup():
         for i in range(3)
     ]
     devices = parallel.open_devices(config.Parallel(mode="jit"))
-    decode = evaluate.greedy(base.model, tokenizer.eos_token_id, cfg, devices)
+    decode = evaluate.greedy(base.model, (tokenizer.eos_token_id,), cfg, devices)
     return base, text, batches.encode(text, rows), decode
 
 
@@ -38,7 +39,7 @@ def test_any_batch_gives_the_same_tokens(setup):
     memory = config.Memory(max_tokens=6)
     cfg = config.resolve(config.Config(memory=memory))
     eos, key = text.tokenizer.eos_token_id, jax.random.key(0)
-    sample = evaluate.sampled(base.model, "encdec", eos, cfg, devices)
+    sample = evaluate.sampled(base.model, "encdec", (eos,), cfg, devices)
     for decoder in (decode, sample):
         alone, batched = (
             evaluate.generate(
@@ -71,6 +72,29 @@ def test_tokens_are_the_most_likely_ones(setup):
         np.testing.assert_array_equal(logits[0].argmax(-1), whole)
 
 
+def test_every_end_token_of_the_model_ends_a_row(setup, tmp_path):
+    """Chat models have several; transformers stops at each of generation_config.json."""
+    base, text, examples, decode = setup
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
+    eos = text.tokenizer.eos_token_id
+
+    def decoded(decode: evaluate.Decoder) -> list[list[int]]:
+        made = evaluate.generate(
+            decode, base.params, {}, text, examples, 8, devices, jax.random.key(0)
+        )
+        return [row.tolist() for row in made]
+
+    whole = decoded(decode)
+    other = next(row for row in whole if len(row) > 1)[1]
+    assert hf.ends(tmp_path, eos) == (eos,)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [other, eos]}))
+    ends = hf.ends(tmp_path, eos)
+    cfg = config.resolve(config.Config(eval=config.Eval(max_length=10)))
+    cut = [row[: [*row, other].index(other)] for row in whole]
+    assert decoded(evaluate.greedy(base.model, ends, cfg, devices)) == cut != whole
+
+
 def test_a_nucleus_is_the_fewest_tokens_that_reach_top_p():
     cfg = config.Memory(temperature=0.7, top_p=0.6, repetition=1.5)
     rng = np.random.default_rng(0)
@@ -96,7 +120,7 @@ def test_a_cold_sample_is_greedy_and_a_penalty_forbids_what_was_said(kind, setup
     memory = config.Memory(temperature=1e-6, repetition=1e9, max_tokens=6)
     cfg = config.resolve(dataclasses.replace(config.Config(), memory=memory))
     eos = text.tokenizer.eos_token_id
-    sample = evaluate.sampled(base.model, kind, eos, cfg, devices)
+    sample = evaluate.sampled(base.model, kind, (eos,), cfg, devices)
     key = jax.random.key(0)
     greedy, made = (
         evaluate.generate(f, base.params, {}, text, examples[:8], 8, devices, key)

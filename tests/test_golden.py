@@ -453,7 +453,7 @@ def predictions(kit):
     """Predicted tokens and texts of recorded adapters, for the asked-for rows."""
     cfg = kit.cfg
     eos = kit.text.tokenizer.eos_token_id
-    decode = evaluate.greedy(kit.base.model, eos, cfg, kit.devices)
+    decode = evaluate.greedy(kit.base.model, (eos,), cfg, kit.devices)
 
     def run(delta, task, longest):
         rows = golden.read(f"data/test/{task}_T5.json.gz")

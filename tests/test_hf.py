@@ -176,13 +176,26 @@ def test_repeated_tensors(folder):
     parts = tensors(folder)
     safetensors.numpy.save_file(parts, folder / "a.safetensors")
     safetensors.numpy.save_file({HEAD: parts[HEAD]}, folder / "b.safetensors")
+    (folder / WEIGHTS).unlink()
     where = dict.fromkeys(parts, "a.safetensors") | {HEAD: "b.safetensors"}
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
     refused(folder, "repeated tensors lm_head.weight")
 
 
+def test_a_whole_file_beside_shards(folder):
+    """The whole file is read, as by transformers, which leaves an old index there."""
+    base = load(folder)
+    other = jax.tree.map(lambda x: x + 1, base.params)
+    hf.save(folder, other, base.keys, limit=6000)
+    assert equal(load(folder).params, base.params)
+    for file in folder.glob("model-*.safetensors"):
+        file.unlink()
+    assert equal(load(folder).params, base.params)
+
+
 def test_missing_shard(folder):
+    (folder / WEIGHTS).unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {HEAD: "c.safetensors"}}))
     refused(folder, "no c.safetensors")

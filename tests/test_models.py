@@ -369,6 +369,47 @@ def test_config_of_earlier_releases(name):
     assert family.config_from_hf(before) == family.config_from_hf(new)
 
 
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+NEAR = {"rope_type": "default", "rope_theta": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "same"),
+    [
+        (
+            "llama3",
+            {"rope_scaling": LINEAR, "rope_theta": 50.0},
+            {"rope_parameters": LINEAR | {"rope_theta": 50.0}},
+        ),
+        (
+            "gemma3",
+            {"rope_scaling": LINEAR},
+            {
+                "rope_parameters": {
+                    "full_attention": LINEAR | {"rope_theta": 1000.0},
+                    "sliding_attention": NEAR,
+                }
+            },
+        ),
+    ],
+)
+def test_config_read_as_transformers_does(name, change, same):
+    """Of what a config.json says twice, or not at all, the same counts."""
+    family = models.family(settings(name)["model_type"])
+    found = [family.config_from_hf(settings(name) | data) for data in (change, same)]
+    assert found[0] == found[1] != family.config_from_hf(settings(name))
+
+
+def test_windows_of_some_layers():
+    """Mistral's layer_types say which (Ministral 8B); without them all layers have one."""
+    data = settings("mistral")
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    found = models.family("mistral").config_from_hf(data | {"layer_types": kinds})
+    assert [found.kinds[i].window for i in found.pattern] == [None, 4, None]
+    found = models.family("mistral").config_from_hf(data)
+    assert [found.kinds[i].window for i in found.pattern] == [4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [

@@ -31,7 +31,7 @@ from fixtures import make_models
 def decoded(base, text, rows, cfg, devices):
     # One that the model says soon, so that answers are of several lengths.
     eos = 17 if base.family.KIND == "encdec" else make_models.EOS
-    decoder = evaluate.greedy(base.model, eos, cfg, devices)
+    decoder = evaluate.greedy(base.model, (eos,), cfg, devices)
     text = text._replace(tokenizer=types.SimpleNamespace(eos_token_id=eos))
     rows = [r._replace(inputs=np.resize(r.inputs, 3 + i % 12)) for i, r in enumerate(rows)]
     tokens = evaluate.generate(decoder, base.params, {}, text, rows, 16, devices)

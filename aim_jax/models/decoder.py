@@ -136,8 +136,11 @@ def used(
 
 
 def rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings of a config.json, as transformers 5 or as earlier releases write."""
-    settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    """RoPE settings of a config.json, as transformers 5 or as earlier releases write.
+
+    Where there are both, the earlier name counts, as in transformers.
+    """
+    settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     return {
         "rope_theta": hf.get("rope_theta", 1e4),
         "original_max_position_embeddings": hf.get("max_position_embeddings"),

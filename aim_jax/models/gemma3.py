@@ -28,7 +28,8 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     settings = hf.get("rope_parameters") or {}
     far = {
         "rope_theta": hf.get("rope_theta", 1e6),
-        **(settings.get("full_attention") or hf.get("rope_scaling") or {}),
+        **(settings.get("full_attention") or {}),
+        **(hf.get("rope_scaling") or {}),
     }
     near = {
         "rope_theta": hf.get("rope_local_base_freq", 1e4),

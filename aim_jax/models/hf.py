@@ -207,6 +207,14 @@ def companions(folder: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in found if p.name not in spare]
 
 
+def ends(folder: pathlib.Path, eos: int) -> tuple[int, ...]:
+    """The tokens that end an answer: `eos`, then what generation_config.json adds to it."""
+    file = folder / "generation_config.json"
+    told = read_json(file).get("eos_token_id") if file.is_file() else None
+    more = told if isinstance(told, list) else [told]
+    return eos, *(token for token in more if token not in (None, eos))
+
+
 def read_config(folder: pathlib.Path) -> tuple[ModuleType, Any]:
     """Family module and its Config from a folder's config.json."""
     file = folder / "config.json"
@@ -519,7 +527,8 @@ def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Name of each tensor in the checkpoint -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
-    if index.is_file():
+    # As transformers: beside a whole file an index, of an earlier save, says nothing.
+    if index.is_file() and not files[0].is_file():
         names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
         outside = [n for n in names if pathlib.PurePath(n).name != n]
         if outside:

@@ -19,12 +19,22 @@ keys = decoder.keys
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Config of a parsed config.json. Raises InputError for what is not supported."""
+    mistral = hf["model_type"] == "mistral"
     # Where the file leaves it out, Mistral's is that of its class in transformers.
-    window = hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None
+    window = hf.get("sliding_window", 4096) if mistral else None
     turn = decoder.frequencies(decoder.rope(hf), decoder.head_width(hf))
+    # With layer_types a Mistral is what transformers calls Ministral; Llama ignores them.
+    names = hf.get("layer_types") if mistral else None
+    kinds, pattern = decoder.used(
+        {
+            "full_attention": decoder.Kind(turn),
+            "sliding_attention": decoder.Kind(turn, window),
+        },
+        names or ["sliding_attention"] * hf["num_hidden_layers"],
+    )
     return decoder.config_from_hf(
         hf,
-        kinds=(decoder.Kind(turn, window),),
-        pattern=(0,) * hf["num_hidden_layers"],
+        kinds,
+        pattern,
         refused={"attention_bias": (False, None), "mlp_bias": (False, None)},
     )
