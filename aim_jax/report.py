@@ -16,7 +16,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -422,7 +421,7 @@ def _begins(file: pathlib.Path, mark: str) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, files out."""
-    try:
+    with aim_jax.command(argv[:1]):  # those behind it are folders
         if not flags.FLAGS.out:
             raise aim_jax.InputError(
                 "--out FILE.html is missing: where to write the page"
@@ -436,9 +435,6 @@ def main(argv: Sequence[str]) -> None:
                     " name or move it away"
                 )
         write([pathlib.Path(a) for a in argv[1:]], out, flags.FLAGS.scoring)
-    except aim_jax.InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     print(
         f"{out} (tables also in {out.with_suffix('.md')}, {out.with_suffix('.json')})"
     )

@@ -689,6 +689,7 @@ def test_command_line_errors_are_one_line_and_exit_2(tmp_path, runs):
         done = call(*arguments)
         assert done.returncode == 2
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("error: ")
     assert not (tmp_path / "a.html").exists()
 
 
