@@ -758,7 +758,7 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
         return state, [float(v) for values, n in losses for v in values[:n]]
 
     def fisher(state: steps.State, memo: methods.Memo, rows: int | None) -> Tree:
-        micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
+        micro = job.cfg.train.micro
         chosen = memory.draw(len(task.train), rows or len(task.train), task.key)
         total = None
         for first in range(0, len(chosen), micro):
