@@ -69,9 +69,8 @@ def run(
     be used, before anything that is already in `folder` is touched, and Preempted after
     SIGTERM (where `preemption.watch` was called). load: `jobs.load_model`, or what remembers it.
     """
-    claim(cfg, folder)
+    done = claim(cfg, folder)
     parallel.meet(f"{folder} is claimed")  # before one writes there
-    done = finished(folder)
     if done:
         print(f"{folder}: this run is finished; its results are:")
         if not (folder / "report.html").is_file():
@@ -158,11 +157,14 @@ def write_report(folder: pathlib.Path) -> None:
         report.write([folder], page)
 
 
-def claim(cfg: config.Config, folder: pathlib.Path) -> None:
-    """Make `folder` the run of `cfg`. Raises InputError if it is another config's."""
+def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
+    """Make `folder` the run of `cfg`; the results of a finished one, else None.
+
+    Raises InputError if it is another config's, or cannot be written to.
+    """
     file = folder / "config.json"
     if file.is_file():
-        theirs = config.from_json(_json(file))
+        theirs = config.from_json(hf.read_json(file))
         changed = config.differences(theirs, cfg)
         if changed:
             raise aim_jax.InputError(
@@ -176,8 +178,11 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
+    file = folder / "results.json"
+    results = hf.read_json(file) if file.is_file() else {}
+    done = results if results.get("finished") else None
     written = [folder]
-    if cfg.eval.fwt and not finished(folder):
+    if cfg.eval.fwt and not done:
         written.append(alone_folder(folder))
     for wanted in written:
         above = (wanted.absolute(), *wanted.absolute().parents)
@@ -188,13 +193,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
                 f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
                 f"{also if wanted != folder else ''}"
             )
-
-
-def finished(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The results of a finished run, else None."""
-    file = folder / "results.json"
-    results = _json(file) if file.is_file() else {}
-    return results if results.get("finished") else None
+    return done
 
 
 def restore(
@@ -716,15 +715,6 @@ def extra_bytes(job: jobs.Job, number: int, place: Place) -> int:
     )
     arrays = (place.memo.arrays, place.state.carry)
     return text + sum(x.nbytes for x in jax.tree.leaves(arrays))
-
-
-def _json(file: pathlib.Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise aim_jax.InputError(
-            f"{file}: not JSON ({error}); restore it or use another --workdir"
-        ) from None
 
 
 def _numbered(job: jobs.Job, number: int) -> str:

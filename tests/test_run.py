@@ -644,10 +644,11 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, write):
 def test_a_broken_file_of_a_run_is_named(whole, tmp_path, name):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
-    (folder / name).write_text('{"cut')
-    with pytest.raises(aim_jax.InputError, match=f"{name}: not JSON"):
-        run.run(make(eval__fwt=True), folder)
-    assert (folder / name).read_text() == '{"cut'
+    for text, what in (('{"cut', "not JSON"), ("[]", "must be a JSON object")):
+        (folder / name).write_text(text)
+        with pytest.raises(aim_jax.InputError, match=f"{name}: {what}"):
+            run.run(make(eval__fwt=True), folder)
+        assert (folder / name).read_text() == text
 
 
 def test_missing_model_or_data_leave_no_workdir(tmp_path):
