@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import checkpoint, config, jobs, logs, methods, records, rescore, run
+from aim_jax import checkpoint, config, jobs, logs, records, rescore, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential
 from aim_jax.models import hf
@@ -679,8 +679,3 @@ def test_tensorboard_without_its_package_is_refused_first(tmp_path, monkeypatch)
     with pytest.raises(aim_jax.InputError, match="pip install tensorboardX"):
         run.run(make(logs__tensorboard=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_signals_are_plain_numbers():
-    signals = methods.Signals(1, 2, 0.5, 0.1, 1e-3, 0.0, None)
-    assert json.loads(json.dumps(signals._asdict()))["history"] is None
