@@ -5,7 +5,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags, logging
 
@@ -19,7 +19,9 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def command(argv: Sequence[str]) -> Iterator[None]:
+def command(
+    argv: Sequence[str], leave: Callable[[int], None] = sys.exit
+) -> Iterator[None]:
     """The body of a command that takes flags alone: an InputError is one line and status 2."""
     quiet()
     try:
@@ -28,7 +30,7 @@ def command(argv: Sequence[str]) -> Iterator[None]:
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
 
 
 def quiet() -> None:

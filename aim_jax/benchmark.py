@@ -214,7 +214,7 @@ def step(
     base, (state, memo) = job.base.params, _state(bench, count)
     trained = [jobs.train_batch(job, task, s) for s in range(1, count + 1)]
     probed = [jobs.memory_batch(job, task, [(s, 0)]) for s in range(1, count + 1)]
-    micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
+    micro = job.cfg.train.micro
     micros = [
         [rows[i : i + micro] for i in range(0, len(rows), micro)] for _, rows in trained
     ]
@@ -522,7 +522,7 @@ def padding(cfg: config.Config) -> dict[str, Any]:
     """
     cfg = _with(cfg, train={"epochs": 1})
     job = jobs.prepare(cfg, pathlib.Path())
-    micro = cfg.train.micro_batch_size or cfg.train.batch_size
+    micro = cfg.train.micro
     buckets = sorted(cfg.data.buckets)
     ran, real, lengths = collections.Counter(), 0, set()
     for number in range(len(job.stream)):

@@ -96,6 +96,11 @@ class Train:
     single_holdout: float | None = None  # part of train that validates single-task runs
     select: str = "best"  # the adapter of a task: `best` dev loss or `last`
 
+    @property
+    def micro(self) -> int:
+        """Rows of a micro-batch."""
+        return self.micro_batch_size or self.batch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:

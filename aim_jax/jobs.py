@@ -320,8 +320,7 @@ def memory_batch(
     ]
     batch = batches.stack(job.text, chosen, cfg.memory.batch_size, task.target)
     if getattr(cfg.method, "loss_scale", None) == "accumulation":
-        micro = cfg.train.micro_batch_size or cfg.train.batch_size
-        batch["weights"] /= cfg.train.batch_size // micro
+        batch["weights"] /= cfg.train.batch_size // cfg.train.micro
     return parallel.place(batch, job.devices), chosen
 
 

@@ -32,28 +32,23 @@ _SET = flags.DEFINE_multi_string("set", [], "section.field=value; may be repeate
 
 def main(argv: list[str]) -> None:
     """Load the config or sweep, run what it asks for, print a table of the results."""
-    aim_jax.quiet()
     # transformers tells that torch is missing; only its tokenizers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        if len(argv) > 1:
-            raise aim_jax.InputError(f"'{argv[1]}': give values as --flag=value")
-        configs = config.sweep(_CONFIG.value or "", _SET.value)
-        if not _WORKDIR.value:
-            raise aim_jax.InputError("--workdir: name the folder of the run")
-        workdir = pathlib.Path(_WORKDIR.value).expanduser()
-        cache_compilations()
-        connect()
-        preemption.watch()
-        planned = runs(configs, workdir)
-        ended = run_all(planned)
-        if ended:
-            tell(ended, workdir)
-        if preemption.by_user():  # too late to stop this, but not what follows
-            sys.exit(130)
-    except aim_jax.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(2)
+        with aim_jax.command(argv, leave):
+            configs = config.sweep(_CONFIG.value or "", _SET.value)
+            if not _WORKDIR.value:
+                raise aim_jax.InputError("--workdir: name the folder of the run")
+            workdir = pathlib.Path(_WORKDIR.value).expanduser()
+            cache_compilations()
+            connect()
+            preemption.watch()
+            planned = runs(configs, workdir)
+            ended = run_all(planned)
+            if ended:
+                tell(ended, workdir)
+            if preemption.by_user():  # too late to stop this, but not what follows
+                sys.exit(130)
     except preemption.Preempted:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130 if preemption.by_user() else _PREEMPTED.value)

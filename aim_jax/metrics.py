@@ -171,8 +171,7 @@ def fwt(matrix: Matrix, single: Sequence[float | None] | None) -> float | None:
     The mean over all j < T, the first included, of a[j][j] - single[j].
     """
     n = len(matrix)
-    alone = list(single or ())[:n]
-    alone += [None] * (n - len(alone))
+    alone = [*(single or ()), *[None] * n]
     return _mean([_minus(_at(matrix, j, j), alone[j]) for j in range(n)])
 
 

@@ -78,13 +78,9 @@ def matching(runs: Iterable[records.Run]) -> list[dict[str, Any]]:
             for entry in same_benchmark(run)
             if model(entry["model"]) == base and entry not in found
         ]
-    missing = -1e9
     return sorted(
         found,
-        key=lambda e: (
-            e["method"] not in methods,
-            -(missing if e["op"] is None else e["op"]),
-        ),
+        key=lambda e: (e["method"] not in methods, e["op"] is None, -(e["op"] or 0)),
     )
 
 

@@ -430,7 +430,7 @@ def _begins(file: pathlib.Path, mark: str) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, files out."""
-    with aim_jax.command(argv[:1]):
+    with aim_jax.command(argv[:1]):  # those behind it are folders
         if not flags.FLAGS.out:
             raise aim_jax.InputError(
                 "--out FILE.html is missing: where to write the page"

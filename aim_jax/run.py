@@ -70,9 +70,8 @@ def run(
     be used, before anything that is already in `folder` is touched, and Preempted after
     SIGTERM (where `preemption.watch` was called). load: `jobs.load_model`, or what remembers it.
     """
-    claim(cfg, folder)
+    done = claim(cfg, folder)
     parallel.meet(f"{folder} is claimed")  # before one writes there
-    done = finished(folder)
     if done:
         print(f"{folder}: this run is finished")
         if not (folder / "report.html").is_file():
@@ -166,11 +165,14 @@ def write_report(folder: pathlib.Path) -> None:
         report.write([folder], page)
 
 
-def claim(cfg: config.Config, folder: pathlib.Path) -> None:
-    """Make `folder` the run of `cfg`. Raises InputError if it is another config's."""
+def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
+    """Make `folder` the run of `cfg`; the results of a finished one, else None.
+
+    Raises InputError if it is another config's, or cannot be written to.
+    """
     file = folder / "config.json"
     if file.is_file():
-        theirs = config.from_json(_json(file))
+        theirs = config.from_json(hf.read_json(file))
         changed = config.differences(theirs, cfg)
         if changed:
             raise aim_jax.InputError(
@@ -184,8 +186,10 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
-    if finished(folder):
-        return
+    file = folder / "results.json"
+    results = hf.read_json(file) if file.is_file() else {}
+    if results.get("finished"):
+        return results
     written = [folder, alone_folder(folder)] if cfg.eval.fwt else [folder]
     for wanted in written:
         above = (wanted.absolute(), *wanted.absolute().parents)
@@ -196,6 +200,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> None:
                 f"--workdir {folder}: '{there}' cannot be written to; use another --workdir"
                 f"{also if wanted != folder else ''}"
             )
+    return None
 
 
 @contextlib.contextmanager
@@ -206,13 +211,6 @@ def hold(job: jobs.Job) -> Iterator[None]:
             claim(job.cfg, job.folder)  # Another may have begun there since.
         jobs.write(job)
         yield
-
-
-def finished(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The results of a finished run, else None."""
-    file = folder / "results.json"
-    results = _json(file) if file.is_file() else {}
-    return results if results.get("finished") else None
 
 
 def restore(
@@ -740,15 +738,6 @@ def extra_bytes(job: jobs.Job, number: int, place: Place) -> int:
     return text + sum(x.nbytes for x in jax.tree.leaves(arrays))
 
 
-def _json(file: pathlib.Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise aim_jax.InputError(
-            f"{file}: not JSON ({error}); restore it or use another --workdir"
-        ) from None
-
-
 def _numbered(job: jobs.Job, number: int) -> str:
     return f"{number:02d}-{job.stream[number].name}"
 
@@ -780,7 +769,7 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
         return state, [float(v) for values, n in losses for v in values[:n]]
 
     def fisher(state: steps.State, memo: methods.Memo, rows: int | None) -> Tree:
-        micro = job.cfg.train.micro_batch_size or job.cfg.train.batch_size
+        micro = job.cfg.train.micro
         chosen = memory.draw(len(task.train), rows or len(task.train), task.key)
         total = None
         for first in range(0, len(chosen), micro):

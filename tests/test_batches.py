@@ -45,6 +45,9 @@ def test_encode_ends_every_text_and_cuts_to_the_limits(tokenizer):
     assert all(x[-1] == eos for e in (short, long) for x in (e.inputs, e.targets))
     (whole,) = batches.encode(text(tokenizer=tokenizer), rows[1:], truncate=False)
     assert len(whole.inputs) > 40 and len(whole.targets) == 4
+    cut = text(tokenizer=tokenizer)._replace(data=config.Data(max_test_input=20))
+    (most,) = batches.encode(cut, rows[1:], truncate=False)
+    assert most.inputs.tolist() == [*whole.inputs[:19], eos]
     assert batches.encode(text(tokenizer=tokenizer), []) == []
 
 
@@ -70,6 +73,13 @@ def test_one_space_between_prompt_and_answer(prepends):
     rows = [{"id": "b", "input": "a", "output": "yes"}]
     (made,) = batches.encode(text("decoder", tokenizer=tokenizer), rows)
     assert made.targets.tolist() == [4, 1]
+
+
+def test_tokens_are_those_of_inputs_and_targets():
+    rows = [example(3, 2), example(1, 4)]
+    assert batches.tokens(rows) == 10
+    # A decoder reads all targets but the last.
+    assert [batches.longest(text(k), rows) for k in ("encdec", "decoder")] == [3, 4]
 
 
 @pytest.mark.parametrize("length, size", [(1, 8), (8, 8), (9, 16), (17, 32), (40, 48)])
@@ -108,8 +118,9 @@ def test_collate_decoder_aligns_right_so_that_the_last_positions_predict():
 
 
 def test_decoder_inputs_are_never_shorter_than_targets():
-    batch = batches.collate(text("decoder"), [[example(1, 8)]], rows=1)
-    assert batch["inputs"].shape[2] >= batch["targets"].shape[2]
+    short = text("decoder")._replace(data=dataclasses.replace(DATA, buckets=(2, 16)))
+    batch = batches.collate(short, [[example(1, 1)]], rows=1, target=8)
+    assert batch["inputs"].shape[2] == 16 > batch["targets"].shape[2] == 8
 
 
 def test_rows_fill_up_to_the_number_of_devices():
@@ -142,6 +153,10 @@ def test_examples_share_a_row_of_an_encoder_decoder():
     assert batch["owners"][1, 0].tolist() == [1, 1, 2, 0]
     assert not batch["mask"][2:].any() and batch["mask"].sum() == 26
     assert batch["weights"].sum(-1).ravel().tolist() == [2, 3, 0, 0]
+    # No row is fuller than the longest example of its part asks for.
+    batch = batches.collate(packed(), [[example(n, 1) for n in (12, 6, 5)]], 3)
+    assert batch["mask"].sum(-1).ravel().tolist() == [12, 6, 5]
+    assert "segments" not in batches.collate(packed(), micros, 4, share=False)
 
 
 def test_targets_of_a_decoder_that_share_a_row_stand_at_its_end():
@@ -226,6 +241,7 @@ def test_validation_batches_sum_to_the_rule(average):
     loss = {r.id: rng.random(len(r.targets)) for r in rows}
     made = batches.validation_batches(text(), rows, 4, average)
     assert sum(int((b["weights"].sum(-1) > 0).sum()) for b in made) == 21
+    assert {b["mask"].shape[:2] for b in made} == {(1, 4)}
     # The order in which the batches hold the rows.
     order = sorted(rows, key=lambda r: -len(r.inputs))
     total = 0.0

@@ -195,6 +195,7 @@ def test_fusion_weights(flag, interval, expected):
     [
         (8, 1.0, 2.0, 4),  # faster: merge more often
         (8, 1.0, 1.0, 8),
+        (8, 1.0, 3.0, 2),  # rounded down
         (3, 1.0, 2.0, 2),  # not below min_interval
         (90, 1.0, 1.0, 45),  # 64 and more is halved
         (128, 1.0, 2.0, 32),
@@ -267,6 +268,9 @@ def test_paper_interval_stays_within_its_limits():
     assert controller.merged(control, rules, 40, 5.0).interval == 5
     falling = dataclasses.replace(control, learning=(4.0, 3.0, 2.0, 1.0))
     assert controller.merged(falling, rules, 40, 0.0).interval == 9
+    rules = dataclasses.replace(PAPER, shrink=1.6, grow=3.3)
+    assert controller.merged(control, rules, 40, 5.0).interval == int(6 / 1.6) == 3
+    assert controller.merged(falling, rules, 40, 0.0).interval == int(6 * 3.3) == 19
 
 
 def test_without_learning_signal_the_interval_is_fixed():

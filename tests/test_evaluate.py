@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,41 @@ def test_a_cold_sample_is_greedy_and_a_penalty_forbids_what_was_said(kind, setup
         if kind == "encdec":
             np.testing.assert_array_equal(one[:1], other[:1])
     assert any(len(row) > 1 for row in made)
+
+
+class Indifferent:
+    """A model that finds all tokens alike."""
+
+    def apply(self, variables, *given, method):
+        return getattr(self, method)(*given)
+
+    def prefill(self, batch, length, index):
+        cache = {"mask": batch["mask"], "index": jnp.int32(index)}
+        return jnp.zeros((len(batch["mask"]), 10_000)), cache
+
+    def step(self, token, cache):
+        return jnp.zeros((len(token), 10_000)), cache
+
+    def widen(self, cache, extra):
+        return cache | {"mask": jnp.pad(cache["mask"], ((0, 0), (extra, 0)))}
+
+
+def test_every_token_is_drawn_by_a_key_of_its_own_up_to_the_limit():
+    devices = parallel.open_devices(config.Parallel(mode="jit"))
+    memory, own = config.Memory(max_tokens=6), config.Eval(max_length=10)
+    cfg = config.Config(memory=memory, eval=own)
+    text = batches.Text(types.SimpleNamespace(eos_token_id=1), "encdec", config.Data())
+    rows = [batches.Example("", np.array([5, 6]), np.array([7]))] * 5
+    drawn, likeliest = (
+        evaluate.generate(decoder, {}, {}, text, rows, 2, devices, jax.random.key(0))
+        for decoder in (
+            evaluate.sampled(Indifferent(), "encdec", 1, cfg, devices),
+            evaluate.greedy(Indifferent(), 1, cfg, devices),
+        )
+    )
+    assert len(np.unique(np.concatenate(drawn))) > 25
+    # T5's start token is one of ten.
+    assert [len(row) for row in likeliest] == [9] * 5
 
 
 def test_an_embedding_is_the_mean_over_tokens(setup):

@@ -163,6 +163,13 @@ def test_one_adapter_of_weight_one_is_itself(name, space):
     close(merged, {k: x[0] for k, x in matrices([tree], space).items()}, space)
 
 
+@pytest.mark.parametrize("name", fusion.SIGNED)
+def test_one_adapter_of_another_weight(name):
+    tree = adapter(0)
+    merged = fusion.merge([tree], fusion.Rule(name), [-2.0])
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, -2 * y), merged, tree)
+
+
 def test_factor_space_has_cross_terms():
     """(B1 + B2)(A1 + A2) is not B1 A1 + B2 A2: the rest is B1 A2 + B2 A1."""
     trees = [adapter(seed) for seed in range(2)]
@@ -314,6 +321,24 @@ def test_dare(space, into):
 
 
 @pytest.mark.parametrize("space", fusion.SPACES)
+def test_dare_draws_anew_for_every_matrix(space):
+    """For A and for B, for each module, and for each block of a product."""
+    size = 2 * fusion.ROWS
+    a = jnp.ones((size, size)) if space == FACTOR else jnp.eye(size)
+    module = {"a": a, "b": jnp.ones((size, size))}
+    tree = {"q": module, "v": module}
+    merged = fusion.merge([tree] * 2, fusion.Rule("dare", space, density=0.5))
+    if space == FACTOR:
+        drawn = [x[side] for x in merged.values() for side in "ab"]
+    else:
+        drawn = [x["b"] @ x["a"] for x in merged.values()]
+    parts = [half > 0.5 for x in drawn for half in np.split(np.asarray(x), 2)]
+    for i, one in enumerate(parts):
+        for other in parts[:i]:
+            assert (one != other).mean() > 0.3
+
+
+@pytest.mark.parametrize("space", fusion.SPACES)
 def test_fisher(space):
     """Means weighted by precision; a product's follows from its factors' to first order."""
     trees = [adapter(seed) for seed in range(3)]
@@ -349,8 +374,11 @@ def test_fisher(space):
 def test_opcm(space):
     """Against the rule on whole matrices, in the basis of a complete decomposition."""
     trees = [adapter(seed) for seed in range(3)]
-    merged = fusion.merge(trees, fusion.Rule("opcm", space, split=0.6), rank=7)
-    tasks = matrices(trees, space)
+    weights = (1.0, 0.9, 1.1)
+    merged = fusion.merge(trees, fusion.Rule("opcm", space, split=0.6), weights, rank=7)
+    tasks = {
+        k: x * np.reshape(weights, (3, 1, 1)) for k, x in matrices(trees, space).items()
+    }
     norms = [np.sqrt(sum((x[i] ** 2).sum() for x in tasks.values())) for i in range(3)]
     running, normaliser, protected = {k: x[0] for k, x in tasks.items()}, 1.0, 0
     for i in (1, 2):
@@ -457,6 +485,9 @@ def test_shapes_that_differ(space):
     trees = [adapter(0), adapter(1, width=5)]
     with pytest.raises(aim_jax.InputError, match="adapter 2 of 2: last/v/a is .*, but"):
         fusion.merge(trees, fusion.Rule("linear", space))
+    rule = fusion.Rule("fisher", space)
+    with pytest.raises(aim_jax.InputError, match="fisher of adapter 2 of 2: last/v/a"):
+        fusion.merge([adapter(0), adapter(1)], rule, fishers=trees)
     del trees[1]["last"]
     with pytest.raises(
         aim_jax.InputError, match="adapter 2 of 2: no last/v/a, which adapter 1"

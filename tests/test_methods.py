@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_fusion import adapter
 
-from aim_jax import config, jobs, logs, lora, methods, run
+from aim_jax import config, controller, jobs, logs, lora, methods, run, steps
 from aim_jax.data import batches, synthetic
-from aim_jax.methods import ewc
+from aim_jax.methods import aim, ewc, inc_lora, l2
 from aim_jax.models import hf
 
 TASKS = synthetic.STREAM[:2]
@@ -294,6 +295,44 @@ def test_single_keeps_what_each_task_alone_gives(lessons):
         same(run.adapter(job, second, number), alone.state.delta)
 
 
+def test_aim_merges_from_the_last_merge_and_starts_anew_with_a_task():
+    """Names stand for adapters, which the hooks only hand on."""
+    options = make("aim", interval=2, rehearsal=3).method
+    method, asked, fused = aim.make(options), [], []
+
+    def rehearse(state, memo, step, count):
+        asked.append((step, count))
+        return state._replace(delta="out", adam="rehearsed"), [2.0] * count
+
+    def fuse(*given):
+        fused.append(given)
+        return f"fused {len(fused)}", 6.0
+
+    tools = methods.Tools(1, 4, rehearse, fuse, None, None)
+    state = steps.State("begin", "own", 0, 8, None)
+    memo = methods.Memo({"origin": "of the last task"}, controller.Controller(9, 9, 9))
+    state, memo = method.before_task(tools, state, memo)
+    assert memo == ({"origin": "begin"}, controller.start(options))
+    # Two losses make the threshold, which the third reaches.
+    for step in range(1, 7):
+        state = state._replace(delta=f"inner {step}", adam="own")
+        signals = methods.Signals(step, 8, 0.0, 0.0, 0.0, 0.0, 1.0)
+        nothing = tools._replace(remembered=0)
+        assert method.after_step(nothing, state, memo, signals) == (state, memo, None)
+        now, memo, record = method.after_step(tools, state, memo, signals)
+        if step % 3:
+            assert now is state and record is None
+            continue
+        assert (now.delta, now.adam) == (f"fused {step // 3}", "rehearsed")
+        assert memo.arrays == {"origin": now.delta}
+        assert (record["learning"], record["next_planned"]) == (3.0, step + 2)
+    assert asked == [(3, 3), (6, 3)]
+    assert fused == [
+        ("begin", "inner 3", "out", 0.6, 0.4),
+        ("fused 1", "inner 6", "out", 0.6, 0.4),
+    ]
+
+
 def quadratic(delta, anchor, fisher):
     """Sum of F (theta - theta*)^2 in float64."""
     terms = jax.tree.map(
@@ -358,6 +397,37 @@ def test_ewc_measures_squared_gradients_of_single_rows(lessons):
     same(memo.arrays["anchor"], delta)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ewc_adds_up_what_tasks_measure(normalize):
+    method = ewc.make(ewc.Options(fisher_rows=7, normalize=normalize))
+    deltas, measured = ([adapter(i + j) for i in range(2)] for j in (0, 10))
+    measured = [jax.tree.map(np.square, tree) for tree in measured]
+    left = iter(measured)
+
+    def fisher(state, memo, rows):
+        assert rows == 7
+        return next(left)
+
+    memo, tools = method.start(deltas[0], 2), methods.Tools(0, 0, *[None] * 3, fisher)
+    for delta in deltas:
+        state = steps.State(delta, None, 0, 1, None)
+        same_state, memo = method.after_task(tools, state, memo)
+        assert same_state is state
+    whole = [ewc.normalized(tree) if normalize else tree for tree in measured]
+    same(memo.arrays["fisher"], jax.tree.map(np.add, *whole))
+    same(memo.arrays["anchor"], deltas[1])
+
+
+def test_l2_holds_from_the_second_task_on():
+    method, (first, second) = l2.make(l2.Options(strength=3.0)), map(adapter, (0, 1))
+    memo = method.start(first, 2)
+    assert float(method.penalty(second, memo.arrays)) == 0
+    _, memo = method.after_task(None, steps.State(first, None, 0, 1, None), memo)
+    one = jax.tree.map(lambda x: np.float32(1), first)
+    expected = 1.5 * quadratic(second, first, one)
+    assert float(method.penalty(second, memo.arrays)) == pytest.approx(expected, 1e-5)
+
+
 def test_fisher_has_mean_one():
     tree = {"a": np.float32([1, 2]), "b": np.float32([[3]])}
     found = ewc.normalized(tree)
@@ -396,6 +466,17 @@ def test_a_penalty_is_added_to_the_mean_loss_once_a_step(lessons):
 def product(delta):
     """B A of every module, in float64."""
     return lora.map_modules(lambda a, b: np.float64(b) @ np.float64(a), delta)
+
+
+def test_inc_lora_keeps_each_adapter_in_its_place():
+    method, trees = inc_lora.make(inc_lora.Options()), [adapter(i) for i in range(3)]
+    tools = methods.Tools(0, 0, None, None, lambda number: trees[number], None)
+    state, memo = steps.State(trees[0], None, 0, 1, None), method.start(trees[0], 3)
+    for number in range(3):
+        tools = tools._replace(number=number)
+        state, memo = method.before_task(tools, state, memo)
+        assert state.delta is trees[number]
+    same(memo.arrays["past"], lora.concatenate(*trees[:2]))
 
 
 @pytest.mark.slow
@@ -445,8 +526,8 @@ def test_olora_penalises_overlap_with_every_earlier_adapter(measure, lessons):
     delta = random_like(jobs.fresh(job), 0)
     earlier = [random_like(delta, i) for i in (1, 2)]
     past = lora.widen(delta, 3)  # the third is yet to come
-    for number, adapter in enumerate(earlier):
-        past = lora.put_part(past, number, adapter)
+    for number, old in enumerate(earlier):
+        past = lora.put_part(past, number, old)
     power = 1 if measure == "l1" else 2
     expected = 0.0
     for module in modules(delta):
@@ -713,6 +794,15 @@ def test_rehearsal_follows_the_clock(name, lessons):
     assert len(seen) >= 5
     if name == "step_ebbinghaus":
         assert [s for s, *_ in seen] == [4, 8, 16, 28, 60, 120]
+    # A task begins at time 0, and its adapter is what rehearsals are held near.
+    moved = begun._replace(delta=random_like(begun.delta, 0))
+    anew = job.method.before_task(tools, moved, memo)[1]
+    assert anew.host == place.memo.host
+    arrays = anew.arrays | {"beta": np.float32(0.3)}
+    one = jax.tree.map(lambda x: np.float32(1), begun.delta)
+    penalty = job.method.rehearsal_penalty(begun.delta, arrays)
+    expected = 0.3 * quadratic(begun.delta, moved.delta, one)
+    assert float(penalty) == pytest.approx(expected, 1e-5)
     # Without a memory the clock goes, and nothing else happens.
     nothing = methods.Tools(0, 0, None, None, None, None)
     for step in range(1, 9):

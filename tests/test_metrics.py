@@ -62,11 +62,12 @@ def test_score_is_a_mean_and_remaps_predictions_but_not_labels():
     rows = [
         {"prediction": prediction, "label": label}
         for prediction, label in zip(
-            ["POS", "n", "neg ", "p"], ["P", "N", "P", "pos"], strict=True
+            ["POS", "n", "neg ", "p"], ["P", "N", "N", "pos"], strict=True
         )
     ]
     scores = metrics.score_rows(task, rows)
-    assert scores == [1, 1, 0, 0] and metrics.mean(scores) == 0.5
+    assert scores == [1, 1, 1, 0] and metrics.mean(scores) == 0.75
+    assert metrics.mean(scores, metrics.Scoring(decimals=1)) == 0.8
     assert metrics.score_rows(task, rows, metrics.Scoring(remap=False)) == [0, 1, 0, 0]
     assert metrics.score_row("exact", "Pos", "p", task.remap) == 1.0
 
@@ -93,6 +94,7 @@ def test_what_is_unknown_is_none_and_not_a_number():
     assert metrics.bwt([]) is None
     assert metrics.bwt([[0.5]]) is None
     assert metrics.op([[0.5], [None, 0.5]]) is None
+    assert metrics.op([[0.5], [0.5]]) is None
     assert metrics.bwt([[0.5], [None, 0.5]]) is None
     assert metrics.fwt([[0.5]], None) is None
     assert metrics.fwt([[0.5]], []) is None
@@ -105,10 +107,11 @@ def test_schemes_are_read_from_text():
     assert metrics.scheme("sound") == metrics.Scheme()
     assert metrics.scheme("release") == metrics.SCHEMES["release"]
     assert metrics.scheme("bwt_over=all") == metrics.Scheme(bwt_over="all")
+    assert metrics.scheme("bwt_over=all,remap=false").op == metrics.Scoring(remap=False)
     found = metrics.scheme("release,remap=true,rouge_l=a+b,decimals=2,decimals=none")
     plain = metrics.Scoring(rouge_l=("a", "b"))
     assert found == metrics.Scheme(plain, plain, plain)
-    assert metrics.scheme("sound,decimals=2").fwt.decimals == 2
+    assert metrics.scheme("sound,decimals=9").fwt.decimals == 9
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import checkpoint, config, jobs, logs, methods, records, rescore, run
+from aim_jax import checkpoint, config, jobs, logs, records, rescore, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential
 from aim_jax.models import hf
@@ -672,10 +672,11 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, write):
 def test_a_broken_file_of_a_run_is_named(whole, tmp_path, name):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
-    (folder / name).write_text('{"cut')
-    with pytest.raises(aim_jax.InputError, match=f"{name}: not JSON"):
-        run.run(make(eval__fwt=True), folder)
-    assert (folder / name).read_text() == '{"cut'
+    for text, what in (('{"cut', "not JSON"), ("[]", "must be a JSON object")):
+        (folder / name).write_text(text)
+        with pytest.raises(aim_jax.InputError, match=f"{name}: {what}"):
+            run.run(make(eval__fwt=True), folder)
+        assert (folder / name).read_text() == text
 
 
 def test_missing_model_or_data_leave_no_workdir(tmp_path):
@@ -743,8 +744,3 @@ with logs.board(pathlib.Path({str(tmp_path / "board")!r}), True) as board:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
     )
     assert "InputError" in done.stderr and "board: cannot be written" in done.stderr
-
-
-def test_signals_are_plain_numbers():
-    signals = methods.Signals(1, 2, 0.5, 0.1, 1e-3, 0.0, None)
-    assert json.loads(json.dumps(signals._asdict()))["history"] is None

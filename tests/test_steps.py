@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fixtures import make_models
 from flax import linen as nn
@@ -17,7 +18,12 @@ CFG = config.resolve(
     config.Config(
         data=config.Data(buckets=(32, 64), target_buckets=(8,), device_rows=2),
         train=config.Train(
-            batch_size=4, micro_batch_size=2, learning_rate=1e-2, warmup_steps=2
+            batch_size=4,
+            micro_batch_size=2,
+            learning_rate=1e-2,
+            warmup_steps=2,
+            clip_norm=0.5,
+            weight_decay=0.1,
         ),
         lora=config.Lora(dropout=0.0),
     )
@@ -222,16 +228,73 @@ def test_an_update_is_clipped_adam(kit, made):
     # Moments of the first update hold the clipped gradient.
     clipped = jax.tree.map(lambda m: m / 0.1, after.adam.mu)
     length = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(clipped)))
-    assert length == pytest.approx(1.0, rel=1e-4)
+    assert length == pytest.approx(CFG.train.clip_norm, rel=1e-4)
     rate = float(measures["lr"])
     jax.tree.map(
         lambda p, q, g: np.testing.assert_allclose(
-            q, p - rate * g / (abs(g) + 1e-8), atol=1e-6
+            q, p - rate * (g / (abs(g) + 1e-8) + 0.1 * p), atol=1e-6
         ),
         state.delta,
         after.delta,
         clipped,
     )
+    moved = jax.tree.map(lambda p, q: np.ravel(q - p), state.delta, after.delta)
+    moved = np.concatenate(jax.tree.leaves(moved))
+    assert float(measures["movement"]) == pytest.approx(abs(moved).mean(), rel=1e-4)
+    assert float(measures["distance"]) == pytest.approx(np.linalg.norm(moved), rel=1e-4)
+
+
+def test_adam_is_that_of_optax():
+    rng, adam = np.random.default_rng(0), optax.scale_by_adam()
+    ours = theirs = adam.init(jnp.zeros(50))
+    for scale in (1.0, 3.0, 1e-7, 0.0):
+        grads = jnp.float32(scale * rng.normal(size=50))
+        changes, ours = steps._adam(grads, ours)
+        expected, theirs = adam.update(grads, theirs)
+        np.testing.assert_allclose(changes, expected, rtol=2e-5)
+
+
+def test_a_method_is_told_which_steps_rehearse(kit):
+    told = {}
+
+    def gradients(state, grads, magnitudes, memo, rehearsal):
+        told[rehearsal] = True
+        return grads, state.carry
+
+    pure = steps.make(kit.base.model, CFG, methods.Method(gradients=gradients))
+    given = kit.base.params, kit.state(), ()
+    jax.eval_shape(pure.train, *given, kit.batch([[0, 1]]))
+    assert list(told) == [False]
+    jax.eval_shape(pure.rehearse, *given, kit.chunk([[0, 1]]), 1)
+    assert list(told) == [False, True]
+
+
+def test_each_part_of_a_batch_has_dropout_of_its_own():
+    """By a model that is nothing but its random key."""
+
+    class Noise:
+        def apply(self, variables, batch, rngs):
+            shape = (*batch["targets"].shape, 9)
+            return jax.random.uniform(rngs["dropout"], shape)
+
+    data = config.Data(buckets=(8,), target_buckets=(2,), device_rows=1, pack=False)
+    cfg = dataclasses.replace(CFG, data=data)
+    made = steps.make(Noise(), cfg, methods.Method(probe_dropout=True))
+    text = batches.Text(None, "encdec", data)
+    row = batches.Example("", np.arange(1, 4), np.array([5, 6]))
+    state = steps.init(
+        {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}, 9, jax.random.key(0)
+    )
+    losses = [
+        loss
+        for rows in ([row], [row, row])
+        for loss in (
+            made.train({}, state, (), batches.collate(text, [rows], 2))[1]["loss"],
+            made.probe({}, state, (), batches.stack(text, [rows], 2)),
+        )
+    ]
+    trained, probed, *both = map(float, losses)
+    assert trained == probed and both[0] == both[1] != trained
 
 
 def test_rehearsal_is_updates_at_one_rate_with_shared_moments(kit, made):

@@ -200,6 +200,7 @@ def test_a_missing_split_is_named(tmp_path):
     [
         (b"", "not valid JSON"),
         (b'[{"input": "x",}]', "not valid JSON.*line 1 column"),
+        (b'{"input": "x"}\n{"input": "y"}', "JSON Lines.* make it one array"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[" + b"9" * 5000 + b"]", "not valid JSON"),
         ('[{"input": "é"}]'.encode("latin-1"), "not UTF-8 at byte 12"),

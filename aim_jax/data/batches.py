@@ -187,8 +187,6 @@ def _arrange(
     if shape[0] > 1:
         left.sort(key=lambda pair: -size(pair[0]))
     for part in range(shape[0]):
-        if not left:
-            break
         # Tokens and targets that a row has room for; none is longer than it must be.
         most = bucket(longest(text, [e for e, _ in left]), sorted(text.data.buckets))
         room = np.tile([most, batch["targets"].shape[-1]], (shape[1], 1))
@@ -326,9 +324,8 @@ def _micro_batches(count: int, cfg: config.Train) -> tuple[int, int]:
 
     A step of a task with fewer rows than an update is an epoch.
     """
-    micro = cfg.micro_batch_size or cfg.batch_size
-    per_epoch = -(-count // micro)
-    return per_epoch, min(cfg.batch_size // micro, per_epoch)
+    per_epoch = -(-count // cfg.micro)
+    return per_epoch, min(cfg.batch_size // cfg.micro, per_epoch)
 
 
 def step_rows(
@@ -339,13 +336,12 @@ def step_rows(
     A new order every epoch; the last micro-batch of an epoch may be short, and the
     micro-batches of a step may straddle epochs (semantics.md 2.3).
     """
-    micro = cfg.micro_batch_size or cfg.batch_size
     per_epoch, together = _micro_batches(count, cfg)
     chosen = []
     for number in range((step - 1) * together, step * together):
         epoch, position = divmod(number, per_epoch)
         order = memory.order(count, (*key, epoch))
-        chosen.append(order[position * micro : (position + 1) * micro])
+        chosen.append(order[position * cfg.micro :][: cfg.micro])
     return chosen
 
 

@@ -4,14 +4,12 @@ A layout is a function from `Options` to readers, one a task; `LAYOUTS` names th
 """
 
 import functools
-import gzip
 import itertools
 import json
 import math
 import pathlib
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -411,21 +409,8 @@ def _field(path: pathlib.Path, number: int, row: Any, name: str) -> Any:
     return row[name]
 
 
-def _json(path: pathlib.Path) -> Any:
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        return json.loads(data.decode("utf-8-sig"))
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise aim_jax.InputError(f"{path}: cannot be read: {reason}") from None
-    except (ValueError, RecursionError) as error:
-        lines = "; JSON Lines? make it one array" if "Extra data" in str(error) else ""
-        raise aim_jax.InputError(f"{path}: not valid JSON: {error}{lines}") from None
-
-
 def _object(path: pathlib.Path) -> dict[str, Any]:
-    data = _json(path)
+    data = tasks.read_json(path)
     if not isinstance(data, dict):
         raise aim_jax.InputError(f"{path}: must be a JSON object")
     return data
@@ -433,7 +418,7 @@ def _object(path: pathlib.Path) -> dict[str, Any]:
 
 def _array(path: pathlib.Path, kind: type = dict) -> list[Any]:
     """The items of a file, all of one type, at least one."""
-    data = _json(path)
+    data = tasks.read_json(path)
     if not isinstance(data, list) or not data:
         raise aim_jax.InputError(f"{path}: must be a JSON array of at least one item")
     wrong = [i for i, item in enumerate(data) if not isinstance(item, kind)]

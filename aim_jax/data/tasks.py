@@ -352,7 +352,7 @@ def _chosen(folder: pathlib.Path, known: Sequence[str]) -> dict[str, str]:
     path = folder / "tasks.json"
     if not path.is_file():
         return {}
-    chosen = _json(path)
+    chosen = read_json(path)
     if not isinstance(chosen, dict):
         raise aim_jax.InputError(
             f'{path}: must be an object {{"TASK": "METRIC"}}, not {_kind(chosen)}'
@@ -392,8 +392,8 @@ def _file(folder: pathlib.Path, split: str, name: str) -> pathlib.Path:
     )
 
 
-def _json(path: pathlib.Path) -> Any:
-    """What a JSON file, possibly gzipped, says."""
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file, possibly gzipped, says. Raises InputError for one that is none."""
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -405,9 +405,11 @@ def _json(path: pathlib.Path) -> Any:
             " encoding"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise aim_jax.InputError(f"{path}: not valid JSON: {error}") from None
+        lines = "; JSON Lines? make it one array" if "Extra data" in str(error) else ""
+        raise aim_jax.InputError(f"{path}: not valid JSON: {error}{lines}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise aim_jax.InputError(f"{path}: cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise aim_jax.InputError(f"{path}: cannot be read: {reason}") from None
 
 
 def _garbled(data: bytes) -> str:
@@ -426,7 +428,7 @@ def _garbled(data: bytes) -> str:
 
 def _rows(path: pathlib.Path, name: str, unlabelled: bool) -> list[dict[str, str]]:
     """The rows of a file; `unlabelled` says that a label may be empty."""
-    rows = _json(path)
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise aim_jax.InputError(
             f'{path}: must be an array of {{"id", "input", "output"}}, not {_kind(rows)}'

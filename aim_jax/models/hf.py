@@ -362,8 +362,6 @@ def read_adapter(
     settings = read_json(folder / "adapter_config.json")
     cfg = _adapter_config(folder / "adapter_config.json", PEFT_CHOICE)
     where = folder / file
-    if not where.is_file():
-        raise aim_jax.InputError(f"{folder}: no {file}{_pickles(folder)}")
     modules: dict[str, Any] = {}
     for name in _tensors(where):
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
@@ -402,8 +400,6 @@ def load_adapter(
     """
     cfg = _adapter_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise aim_jax.InputError(f"{folder}: no {file.name}{_pickles(folder)}")
     shapes = flatten(
         jax.eval_shape(lambda: lora.init(jax.random.key(0), params, keys, cfg))
     )
@@ -552,6 +548,10 @@ def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _tensors(file: pathlib.Path) -> list[str]:
     """Names of the tensors in a file."""
+    if not file.is_file():
+        raise aim_jax.InputError(
+            f"{file.parent}: no {file.name}{_pickles(file.parent)}"
+        )
     try:
         with safetensors.safe_open(file, "numpy") as handle:
             return list(handle.keys())
