@@ -107,6 +107,11 @@ def main(argv: Sequence[str]) -> None:
         rule = fusion.Rule(
             values.method, **{name: values[name].value for name in names}
         )
+        for name, rules in fusion.CONSTANTS.items():
+            if values[name].present and rule.name not in rules:
+                raise aim_jax.InputError(
+                    f"--{name}: is for --method {' or '.join(rules)} alone"
+                )
         folders = [hf.snapshot(a, "adapter", hf.ADAPTER_FILES) for a in argv[1:]]
         weights = None
         if values.weights is not None:

@@ -169,6 +169,14 @@ ELEMENTWISE = {
 RULES = (*ELEMENTWISE, "opcm")
 SPACES = ("factor", "product")
 SCALES = {"task_arithmetic": 0.3}
+CONSTANTS = {  # of a Rule, those of some rules alone
+    "density": ("ties", "dare"),
+    "drop_into": ("dare",),
+    "decay": ("ema",),
+    "fisher_floor": ("fisher",),
+    "split": ("opcm",),
+    "seed": ("dare",),
+}
 SIGNED = ("task_arithmetic", "magmax", "opcm")  # rules that take weights below 0
 
 

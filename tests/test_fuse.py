@@ -181,6 +181,8 @@ def test_command(tmp_path):
     assert failed.stderr == f"error: --out {out} is not empty; give a new folder\n"
     failed = call("--method", "ties", "--weights", "1,x", *folders, "--out", out + "2")
     assert failed.stderr == "error: --weights: 'x' is no number\n"
+    failed = call("--method", "magmax", "--density", "1", *folders, "--out", out + "2")
+    assert failed.stderr == "error: --density: is for --method ties or dare alone\n"
 
 
 def test_a_folder_that_is_not_there(tmp_path):
