@@ -21,11 +21,11 @@ from aim_jax.models import hf
 
 # Each case: (model folder, or folder:bits, changes of config.Parallel, devices).
 SCRIPT = """
-import json, sys, types, zlib
+import dataclasses, functools, json, sys, types, zlib
 import jax, numpy as np
 from aim_jax import config, evaluate, lora, methods, parallel, steps
 from aim_jax.data import batches
-from aim_jax.models import hf
+from aim_jax.models import flash, hf
 from fixtures import make_models
 
 def decoded(base, text, rows, cfg, devices):
@@ -43,6 +43,7 @@ def decoded(base, text, rows, cfg, devices):
 def trained(name, changes, count):
     folder, _, bits = name.partition(":")
     dropout = changes.pop("dropout", 0.0)
+    attention = changes.pop("attention", "xla")
     cfg = config.resolve(config.Config(
         model=config.Model(
             path=str(make_models.FOLDER / folder), bits=int(bits or 16), dropout=dropout
@@ -55,6 +56,11 @@ def trained(name, changes, count):
     ))
     devices = parallel.open_devices(cfg.parallel, devices=jax.devices()[:count])
     base = hf.load(cfg.model, devices)
+    if attention == "flash":  # interpreted, since the devices are no GPUs
+        flash.BLOCK, flash.WIDTHS = 8, range(1, 99)
+        flash.attend = functools.partial(flash.attend, interpret=True)
+        built = dataclasses.replace(base.model.config, attention=attention)
+        base = base._replace(model=type(base.model)(built))
     text = batches.Text(None, base.family.KIND, cfg.data, devices.count)
     rows = [batches.Example("", np.array(source), np.array(target))
             for source, target in make_models.rows(40, seed=1)]
@@ -149,10 +155,14 @@ def test_eight_devices_agree_with_one(name, what):
 
 
 def test_dropout_is_the_same_by_jit_and_by_pmap():
-    ways = [{"mode": mode, "dropout": 0.1} for mode in ("jit", "pmap")]
-    jit, pmap = results([("t5", way, 2) for way in ways], "train")
+    """And where each device computes its own rows' attention in tiles."""
+    ways = [{"mode": "jit"}, {"mode": "pmap"}, {"mode": "jit", "attention": "flash"}]
+    jit, *others = results(
+        [("t5", {**way, "dropout": 0.1}, 2) for way in ways], "train"
+    )
     # Sums run in another order; a mask that differs moves a loss by a thousandth.
-    assert pmap["values"] == pytest.approx(jit["values"], rel=1e-6)
+    for made in others:
+        assert made["values"] == pytest.approx(jit["values"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("t5", marks=pytest.mark.slow)])

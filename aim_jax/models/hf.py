@@ -159,11 +159,10 @@ def build(
     made = dataclasses.replace(model_config, **changes)
     gpu = not devices or devices.mesh.devices.flat[0].platform in ("gpu", "cuda")
     if cfg.attention == "flash":
-        split = devices and devices.mode == "jit" and devices.mesh.size > 1
-        if not gpu or split or made.head_width not in flash.WIDTHS:
+        if not gpu or made.head_width not in flash.WIDTHS:
             raise aim_jax.InputError(
-                "model.attention: flash is for NVIDIA GPUs, several by parallel.mode=pmap,"
-                f" with heads of {', '.join(map(str, flash.WIDTHS))} features; use xla"
+                "model.attention: flash is for NVIDIA GPUs, with heads of"
+                f" {', '.join(map(str, flash.WIDTHS))} features; use xla"
             )
     if cfg.attention == "cudnn":
         fits = family.KIND == "decoder" and made.dropout == 0

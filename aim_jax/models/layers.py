@@ -332,9 +332,7 @@ def attend(
     k, s = k_bksd.shape[1:3]
     q_bhtd, k_bksd, v_bksd = checkpoint_name((q_bhtd, k_bksd, v_bksd), "product")
     if kernel == "flash" and flash.fits(t, s, d):
-        words = None if key is None else jax.random.key_data(key)
-        keep = functools.partial(kept, rate)
-        return flash.attend(q_bhtd, k_bksd, v_bksd, biases, words, rate, keep)
+        return _in_tiles(q_bhtd, k_bksd, v_bksd, biases, rate, key)
     bias = sum(biases[1:], biases[0])
     if kernel == "cudnn" and t > 1:
         out = jax.nn.dot_product_attention(
@@ -349,6 +347,41 @@ def attend(
         bias = jnp.tile(bias, (1, 1, h // k, 1))
     out = _attend(q_bhtd.reshape(b, k, -1, d), k_bksd, v_bksd, bias, rate, key)
     return out.reshape(b, h, t, d)
+
+
+def _in_tiles(
+    q_bhtd: jax.Array,
+    k_bksd: jax.Array,
+    v_bksd: jax.Array,
+    biases: Sequence[jax.Array],
+    rate: float,
+    key: jax.Array | None,
+) -> jax.Array:
+    """`flash.attend`, where a mesh splits the rows by each device for its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = mesh.shape["data"] if "data" in mesh.auto_axes else 1
+    apart = count > 1 and len(q_bhtd) % count == 0
+
+    def own(q, k, v, biases, words):
+        if apart and words is not None:
+            before = jax.lax.axis_index("data") * len(q)
+            words = words.at[2].add(before.astype(jnp.uint32))
+        keep = functools.partial(kept, rate)
+        return flash.attend(q, k, v, biases, words, rate, keep)
+
+    words = None if key is None else jax.random.key_data(key)
+    arrays = q_bhtd, k_bksd, v_bksd, list(biases), words
+    if not apart:
+        return own(*arrays)
+    rows = P("data")
+    of_biases = [P() if len(bias) == 1 else rows for bias in biases]
+    split = jax.shard_map(
+        own,
+        in_specs=(rows, rows, rows, of_biases, P()),
+        out_specs=rows,
+        check_vma=False,  # a Pallas call does not say along which axes results vary
+    )
+    return split(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
