@@ -295,6 +295,17 @@ def test_single_keeps_what_each_task_alone_gives(lessons):
         same(run.adapter(job, second, number), alone.state.delta)
 
 
+def test_single_validates_each_task_as_a_single_task_run_does(lessons):
+    job = lessons.job("single")
+    train = dataclasses.replace(job.cfg.train, single_holdout=0.0)
+    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, train=train))
+    for number, task in enumerate(job.stream):
+        ours, alone = jobs.lesson(job, number), jobs.alone(job, task)
+        for split in ("train", "validation"):
+            ids = [[e.id for e in getattr(x, split)] for x in (ours, alone)]
+            assert ids[0] == ids[1] and ids[0]
+
+
 def quadratic(delta, anchor, fisher):
     """Sum of F (theta - theta*)^2 in float64."""
     terms = jax.tree.map(
