@@ -295,8 +295,9 @@ def test_single_keeps_what_each_task_alone_gives(lessons):
         same(run.adapter(job, second, number), alone.state.delta)
 
 
-def test_single_validates_each_task_as_a_single_task_run_does(lessons):
-    job = lessons.job("single")
+@pytest.mark.parametrize("name", ["single", "ties"])
+def test_adapters_of_one_task_are_validated_as_single_task_runs(name, lessons):
+    job = lessons.job(name)
     train = dataclasses.replace(job.cfg.train, single_holdout=0.0)
     job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, train=train))
     for number, task in enumerate(job.stream):
