@@ -256,7 +256,8 @@ def too_long(job: Job, task: tasks.Task) -> int:
 def lesson(job: Job, number: int) -> Lesson:
     """Task `number` of the stream with what the earlier tasks leave it."""
     cfg, task = job.cfg, job.stream[number]
-    held = tasks.validation(job.stream[: number + 1], cfg.train.validation_rows)
+    seen = job.stream[number if job.method.alone else 0 : number + 1]
+    held = tasks.validation(seen, cfg.train.validation_rows)
     kept = memory.fill(job.memory[:number])
     split = train_rows(job, number), held, kept
     train, held, kept = (batches.encode(job.text, rows) for rows in split)

@@ -65,4 +65,6 @@ def make(options: Options) -> methods.Method:
         merged = fusion.merge(changes, rule, fishers=fishers)
         return state._replace(delta=jax.tree.map(jnp.add, origin, merged)), memo
 
-    return methods.Method(start=start, before_task=before_task, after_task=after_task)
+    return methods.Method(
+        alone=True, start=start, before_task=before_task, after_task=after_task
+    )

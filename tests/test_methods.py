@@ -333,6 +333,18 @@ def test_aim_merges_from_the_last_merge_and_starts_anew_with_a_task():
     ]
 
 
+@pytest.mark.parametrize("name", ["single", "ties"])
+def test_adapters_of_one_task_are_validated_as_single_task_runs(name, lessons):
+    job = lessons.job(name)
+    train = dataclasses.replace(job.cfg.train, single_holdout=0.0)
+    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, train=train))
+    for number, task in enumerate(job.stream):
+        ours, alone = jobs.lesson(job, number), jobs.alone(job, task)
+        for split in ("train", "validation"):
+            ids = [[e.id for e in getattr(x, split)] for x in (ours, alone)]
+            assert ids[0] == ids[1] and ids[0]
+
+
 def quadratic(delta, anchor, fisher):
     """Sum of F (theta - theta*)^2 in float64."""
     terms = jax.tree.map(

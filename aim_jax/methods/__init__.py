@@ -86,6 +86,7 @@ class Method(NamedTuple):
     """Hooks of a method, each optional.
 
     memory: the method needs the rehearsal memory of earlier tasks.
+    alone: an adapter is trained on each task alone, so that no other's rows validate it.
     probe: the loss on a memory batch is measured after every so many steps of a task with
         memory; 0: never.
     probe_dropout: with the dropout of training.
@@ -116,6 +117,7 @@ class Method(NamedTuple):
     """
 
     memory: bool = False
+    alone: bool = False
     probe: int = 0
     probe_dropout: bool = False
     rows: Callable | None = None

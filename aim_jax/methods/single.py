@@ -35,5 +35,9 @@ def make(options: Options) -> methods.Method:
         return lora.pick(memo.arrays["adapters"], number)
 
     return methods.Method(
-        start=start, before_task=before_task, after_task=after_task, adapter=adapter
+        alone=True,
+        start=start,
+        before_task=before_task,
+        after_task=after_task,
+        adapter=adapter,
     )
