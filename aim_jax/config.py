@@ -386,6 +386,12 @@ def resolve(config: Config) -> Config:
     for path in CHOICES:
         _check_choice(config, path)
     _check_numbers(config)
+    least = getattr(config.method, "min_interval", 1)
+    if least > getattr(config.method, "max_interval", math.inf):
+        raise aim_jax.InputError(
+            f"method.min_interval: {least} is more than method.max_interval,"
+            f" {config.method.max_interval}"
+        )
     best = config.train.select == "best" and config.train.validation_rows
     if getattr(config.method, "merge_at_end", False) and best:
         raise aim_jax.InputError(

@@ -120,19 +120,18 @@ def runs(
         raise aim_jax.InputError(
             f"--workdir {workdir}: holds a run; several runs need another folder"
         )
-    for seed in _SEEDS.value:
-        if _SEEDS.value.count(seed) > 1:
-            raise aim_jax.InputError(f"--seeds: {seed} is there twice")
     if not _SEEDS.value:
         return [(cfg, workdir / name) for name, cfg in configs.items()]
-    return [
-        (
-            config.resolve(config.override(cfg, f"train.seed={seed}")),
-            workdir / f"{name}-seed-{int(seed)}".removeprefix("-"),
-        )
-        for name, cfg in configs.items()
-        for seed in _SEEDS.value
-    ]
+    planned: dict[pathlib.Path, config.Config] = {}
+    for name, cfg in configs.items():
+        for text in _SEEDS.value:
+            own = config.resolve(config.override(cfg, f"train.seed={text}"))
+            seed = own.train.seed
+            folder = workdir / f"{name}-seed-{seed}".removeprefix("-")
+            if folder in planned:
+                raise aim_jax.InputError(f"--seeds: {seed} is there twice")
+            planned[folder] = own
+    return [(cfg, folder) for folder, cfg in planned.items()]
 
 
 def run_all(planned: list[tuple[config.Config, pathlib.Path]]) -> list[pathlib.Path]:

@@ -433,7 +433,10 @@ def train(
         if going_on and cfg.parallel.speculate:
             ahead = dispatch(state, memo, step + 1)
         signals = _read(step, total, measures, history)
-        _check_finite(job, task, signals, ids)
+        told = {
+            name: getattr(signals, name) for name in ("loss", "grad_norm", "history")
+        }
+        _check_finite(job, task, step, told, ids)
         job.work.update(work)
         record, trained, arrays = None, state, memo.arrays
         if method.after_step:
@@ -754,7 +757,7 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
     def rehearse(
         state: steps.State, memo: methods.Memo, step: int, count: int
     ) -> tuple[steps.State, list[float]]:
-        losses = []
+        losses, seen = [], []
         for first in range(1, count + 1, CHUNK):
             size = min(CHUNK, count + 1 - first)
             # A chunk is always full, so that every one has the same shape.
@@ -764,9 +767,14 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
                 job.base.params, state, memo.arrays, batch, size
             )
             losses.append((values, size))
+            seen += rows[:size]
             tokens = sum(map(batches.tokens, rows[:size]))
             job.work.update(rehearsal_steps=size, rehearsal_tokens=tokens)
-        return state, [float(v) for values, n in losses for v in values[:n]]
+        read = [float(v) for values, n in losses for v in values[:n]]
+        for loss, chosen in zip(read, seen, strict=True):
+            told = {"loss of rehearsal": loss}
+            _check_finite(job, task, step, told, [e.id for e in chosen])
+        return state, read
 
     def fisher(state: steps.State, memo: methods.Memo, rows: int | None) -> Tree:
         micro = job.cfg.train.micro
@@ -812,18 +820,18 @@ def _validation_loss(job: jobs.Job, delta: Tree, validation: list[Tree]) -> floa
 
 
 def _check_finite(
-    job: jobs.Job, task: jobs.Lesson, signals: methods.Signals, ids: list[str]
+    job: jobs.Job,
+    task: jobs.Lesson,
+    step: int,
+    told: dict[str, float | None],
+    ids: list[str],
 ) -> None:
-    bad = [
-        name
-        for name in ("loss", "grad_norm", "history")
-        if not math.isfinite(getattr(signals, name) or 0.0)
-    ]
+    bad = [name for name, value in told.items() if not math.isfinite(value or 0.0)]
     if bad:
         names = [x.name for x in sorted((job.folder / "adapters").glob("*"))]
         last = os.fspath(job.folder / "adapters" / names[-1]) if names else "none"
         raise aim_jax.InputError(
-            f"task {task.name}, step {signals.step}: {' and '.join(bad)} not finite on the"
+            f"task {task.name}, step {step}: {' and '.join(bad)} not finite on the"
             f" rows {', '.join(ids)}; the last good adapter: {last}. Lower"
             " train.learning_rate or look at these rows"
         )

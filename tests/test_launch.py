@@ -710,7 +710,10 @@ def test_where_all_runs_fail_that_is_said(call, capsys, monkeypatch):
 def test_seeds_do_not_go_into_a_run(call, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "run", stand_in([]))
     call()
-    for seeds, words in ((["1", "2"], "holds a run"), (["1", "1"], "1 is there twice")):
+    for seeds, words in (
+        (["1", "2"], "holds a run"),
+        (["1", "01"], "1 is there twice"),
+    ):
         with pytest.raises(SystemExit) as ended:
             call(seeds=seeds)
         assert ended.value.code == 2 and words in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from test_fusion import adapter
 
+import aim_jax
 from aim_jax import config, controller, jobs, logs, lora, methods, run, steps
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, ewc, inc_lora, l2
@@ -331,6 +332,20 @@ def test_aim_merges_from_the_last_merge_and_starts_anew_with_a_task():
         ("begin", "inner 3", "out", 0.6, 0.4),
         ("fused 1", "inner 6", "out", 0.6, 0.4),
     ]
+
+
+def test_a_rehearsal_that_is_not_finite_names_its_rows(lessons):
+    """No step comes after the last one, whose loss would tell."""
+    job = lessons.job("aim")
+    task, place = jobs.lesson(job, 1), lessons.start(job)
+    broken = jax.tree.map(lambda x: x + np.nan, place.state.delta)
+    state = place.state._replace(delta=broken)
+    rows = ", ".join(e.id for e in jobs.memory_batch(job, task, [(3, 1)])[1][0])
+    with pytest.raises(
+        aim_jax.InputError,
+        match=f"step 3: loss of rehearsal not finite on the rows {rows}",
+    ):
+        run._tools(job, task).rehearse(state, place.memo, 3, 2)
 
 
 @pytest.mark.parametrize("name", ["single", "ties"])
