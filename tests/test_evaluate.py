@@ -161,8 +161,8 @@ def test_every_token_is_drawn_by_a_key_of_its_own_up_to_the_limit():
     drawn, likeliest = (
         evaluate.generate(decoder, {}, {}, text, rows, 2, devices, jax.random.key(0))
         for decoder in (
-            evaluate.sampled(Indifferent(), "encdec", 1, cfg, devices),
-            evaluate.greedy(Indifferent(), 1, cfg, devices),
+            evaluate.sampled(Indifferent(), "encdec", (1,), cfg, devices),
+            evaluate.greedy(Indifferent(), (1,), cfg, devices),
         )
     )
     assert len(np.unique(np.concatenate(drawn))) > 25
