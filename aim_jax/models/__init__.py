@@ -3,7 +3,9 @@
 A family is a module of this folder with
 
     KIND                  `encdec` or `decoder`
-    Config                frozen dataclass; config_from_hf(dict) -> Config
+    Config                frozen dataclass; config_from_hf(dict) -> Config. `model.dtype`,
+                          `.remat`, `.attention` and `.dropout` go into fields of these
+                          names; `head_width`: features of a head
     Model(config)         Linen module, see below
     keys(config) -> dict  path of each parameter -> Hugging Face name, `{}` = layer number
     EMBEDDING             path of the token embeddings (v, i)
