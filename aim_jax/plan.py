@@ -337,6 +337,8 @@ def counted(jaxpr: Any, turns: int = 1) -> Work:
             parts, times = [_kernel(equation, turns)], 1
         else:
             times = {"scan": params.get("length"), "while": turns}.get(name, 1)
+            if name == "shard_map":  # what each device does
+                times = params["mesh"].size
             parts = [counted(j, turns) for j in _inner(params)]
             if name == "cond":
                 parts = [max(parts)]

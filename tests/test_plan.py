@@ -273,7 +273,9 @@ def test_gpus_that_need_not_be_there():
     moves_less(train("h100:1", "cudnn"), plain)
     moves_less(train("h100:1", "flash"), plain)
     t5 = {"shape": "t5_large", "length": 544}  # 512 and an answer
-    moves_less(train("h100:1", "flash", **t5), train("h100:1", **t5))
+    one, two = train("h100:1", "flash", **t5), train("h100:2", "flash", **t5)
+    moves_less(one, train("h100:1", **t5))
+    assert one["flops"] == pytest.approx(2 * two["flops"], rel=1e-6)
     assert 7 < plain["needed_flops"] / eight["needed_flops"] <= 8
     assert eight["collective_bytes"] > plain["collective_bytes"] == 0
 
