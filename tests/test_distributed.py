@@ -78,7 +78,10 @@ def job(argv):
 
 main.app.run(job)
 """
+# Without the decoder's own q, whose gradients here are 1e-8: rounding decides their sign,
+# and Adam makes a whole step of it.
 SETTINGS = (
+    r"--set=lora.target=encoder.*\.(q|v)|.*EncDecAttention\.(q|v)|.*\.v",
     f"--config={ROOT / 'tests/crash_config.py'}",
     "--set=data.tasks=entity,sentiment",
     "--set=train.epochs=1",
@@ -178,7 +181,7 @@ def test_two_processes_stopped_and_resumed_give_the_result_of_one(tmp_path):
     for path in one.glob("adapters/*/*.safetensors"):
         a = safetensors.numpy.load_file(path)
         b = safetensors.numpy.load_file(two / path.relative_to(one))
-        assert all(np.allclose(a[k], b[k], rtol=0, atol=1e-4) for k in a | b)
+        assert all(np.allclose(a[k], b[k], rtol=0, atol=1e-6) for k in a | b)
     a, b = (json.loads((f / "results.json").read_text()) for f in (one, two))
     assert a["matrix"] == b["matrix"]
     for path in one.glob("predictions/*/*"):
