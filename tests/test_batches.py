@@ -54,7 +54,7 @@ def test_encode_ends_every_text_and_cuts_to_the_limits(tokenizer):
 def test_decoder_prompt_is_cut_and_answer_stays(tokenizer):
     rows = [{"id": "b", "input": "word " * 40, "output": "yes"}]
     (made,) = batches.encode(text("decoder", tokenizer=tokenizer), rows)
-    assert len(made.inputs) == 12
+    assert len(made.inputs) == 12 and tokenizer.eos_token_id not in made.inputs
     assert tokenizer.decode(made.targets[:-1]).strip() == "yes"
 
 

@@ -91,6 +91,9 @@ def encode(text: Text, rows: Sequence[Row], truncate: bool = True) -> list[Examp
     limit = text.data.max_input if truncate else text.data.max_test_input
     examples = []
     for row, source, target in zip(rows, inputs, targets, strict=True):
+        # An answer goes on from a decoder's prompt.
+        if text.kind == "decoder" and len(source) > 1 and source[-1] == eos:
+            source = source[:-1]
         if len(source) > limit:
             # The last token is the end token where the tokenizer adds one.
             source = [*source[: limit - 1], source[-1]]
