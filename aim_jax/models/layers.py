@@ -292,11 +292,17 @@ def by_rows(x: jax.Array) -> jax.Array:
     rows. Without a mesh (as in decoding, where rows are fewer than weights), and for rows
     that it does not divide, nothing is said.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if "data" not in mesh.auto_axes or x.shape[0] % mesh.shape["data"]:
+    if not _row_parts(x):
         return x
     free = (P.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, P("data", *free))
+
+
+def _row_parts(x: jax.Array) -> int:
+    """How many parts the mesh that a step runs on splits the rows of x into, if it does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = mesh.shape["data"] if "data" in mesh.auto_axes else 0
+    return count if count and x.shape[0] % count == 0 else 0
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -358,9 +364,7 @@ def _in_tiles(
     key: jax.Array | None,
 ) -> jax.Array:
     """`flash.attend`, where a mesh splits the rows by each device for its own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    count = mesh.shape["data"] if "data" in mesh.auto_axes else 1
-    apart = count > 1 and len(q_bhtd) % count == 0
+    apart = _row_parts(q_bhtd) > 1
 
     def own(q, k, v, biases, words):
         if apart and words is not None:
