@@ -239,7 +239,7 @@ def step(
     def train() -> Any:
         after = state
         for batch, _ in trained:
-            after, measures = job.steps.train(base, after, memo, batch)
+            after, measures = job.steps.train(base, after, memo, batch, None)
         return after, measures
 
     def probe() -> Any:
@@ -248,9 +248,8 @@ def step(
     def both() -> Any:
         after, read = state, []
         for (batch, _), (chunk, _) in zip(trained, probed, strict=True):
-            given = base, after, memo, batch, chunk
-            after, *signals = job.steps.train_and_probe(*given)
-            read.append(signals)
+            after, measures = job.steps.train(base, after, memo, batch, chunk)
+            read.append(measures)
         return after, read
 
     def theirs(training: bool, probing: bool) -> dict[str, Callable]:
@@ -407,7 +406,7 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
             "processor_seconds": time.process_time() - spent["processor_seconds"],
         }
 
-    after = job.steps.train_and_probe(base.params, state, memo, batch, chunk)
+    after = job.steps.train(base.params, state, memo, batch, chunk)
     now("sent")
     jax.block_until_ready(after)
     now("done")
@@ -488,13 +487,13 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
         return place.state
 
     def device() -> Any:
-        after, histories = steps.init(delta, total, jax.random.key(0)), []
+        after, read = steps.init(delta, total, jax.random.key(0)), []
         after = jax.device_put(after, job.devices.replicated)
         for batch, memory in ready:
             given = job.base.params, after, (), batch, memory
-            after, _, history = job.steps.train_and_probe(*given)
-            histories.append(history)
-        return after, histories
+            after, measures = job.steps.train(*given)
+            read.append(measures)
+        return after, read
 
     ways = {
         "device": device,

@@ -120,21 +120,27 @@ def compile_steps(
 ) -> steps.Steps:
     """The steps of a method for these devices, each compiled when it is first called."""
     pure = steps.make(base.model, cfg, method)
-    train = parallel.compile(pure.train, devices, batch=3, args=4)
     probe = parallel.compile(pure.probe, devices, batch=3, args=4)
+
+    def apart(
+        base: Tree, state: steps.State, memo: Tree, batch: Tree, chunk: Tree | None
+    ) -> tuple[steps.State, dict[str, jax.Array]]:
+        """`steps.Steps.train` in mode exact, whose programs take one batch."""
+        state, measures = alone(base, state, memo, batch)
+        if chunk is not None:
+            measures["history"] = probe(base, state, memo, chunk)
+        return state, measures
+
     if devices.mode == "exact":
-        train_and_probe = steps.both(train, probe)
+        alone, train = parallel.compile(pure.train, devices, batch=3, args=4), apart
     else:
-        train_and_probe = parallel.compile(
-            pure.train_and_probe, devices, batch=3, args=5, split=2
-        )
+        train = parallel.compile(pure.train, devices, batch=3, args=5, split=2)
     return steps.Steps(
         train=train,
         probe=probe,
         rehearse=parallel.compile(pure.rehearse, devices, batch=3, args=5),
         validate=parallel.compile(pure.validate, devices, batch=2, args=3),
         squares=parallel.compile(pure.squares, devices, batch=3, args=4),
-        train_and_probe=train_and_probe,
     )
 
 
@@ -307,7 +313,7 @@ def memory_batch(
 ) -> tuple[Tree, list[list[batches.Example]]]:
     """Memory batches for (step, number) pairs, and their rows.
 
-    Number 0 probes, others rehearse.
+    Number 0 probes, others rehearse. One without rows, if there are no pairs.
     """
     cfg = job.cfg
     chosen = [
@@ -319,7 +325,7 @@ def memory_batch(
         ]
         for step, number in places
     ]
-    batch = batches.stack(job.text, chosen, cfg.memory.batch_size, task.target)
+    batch = batches.stack(job.text, chosen or [[]], cfg.memory.batch_size, task.target)
     if getattr(cfg.method, "loss_scale", None) == "accumulation":
         batch["weights"] /= cfg.train.batch_size // cfg.train.micro
     return parallel.place(batch, job.devices), chosen

@@ -398,6 +398,8 @@ def train(
     first, state, memo, best, best_loss = place
     total = batches.total_steps(len(task.train), cfg.train)
     probing = bool(method.probe and task.memory)
+    # A step without a probe has an empty one, so that there is one program to compile.
+    blank = jobs.memory_batch(job, task, [])[0] if method.probe else None
     tools = _tools(job, task)
     if first == 0:
         key = jax.random.fold_in(jax.random.key(task.key[0]), task.key[1])
@@ -416,23 +418,24 @@ def train(
 
     def dispatch(state: steps.State, memo: methods.Memo, step: int) -> tuple:
         batch, rows = jobs.train_batch(job, task, step)
-        given = job.base.params, state, memo.arrays, batch
         work = {"steps": 1, "train_tokens": batches.tokens(rows)}
-        if probing and step % method.probe == 0:
+        chunk, probed = blank, probing and step % method.probe == 0
+        if probed:
             chunk, recalled = jobs.memory_batch(job, task, [(step, 0)])
-            after, measures, history = job.steps.train_and_probe(*given, chunk)
             work |= {"probes": 1, "probe_tokens": batches.tokens(recalled[0])}
-        else:
-            (after, measures), history = job.steps.train(*given), None
-        return after, measures, history, [e.id for e in rows], work
+        given = job.base.params, state, memo.arrays, batch, chunk
+        after, measures = job.steps.train(*given)
+        if not probed:
+            measures.pop("history", None)
+        return after, measures, [e.id for e in rows], work
 
     ahead = dispatch(state, memo, first + 1) if first < total else None
     for step in range(first + 1, total + 1):
-        state, measures, history, ids, work = ahead
+        state, measures, ids, work = ahead
         going_on = step < total
         if going_on and cfg.parallel.speculate:
             ahead = dispatch(state, memo, step + 1)
-        signals = _read(step, total, measures, history)
+        signals = _read(step, total, measures)
         told = {
             name: getattr(signals, name) for name in ("loss", "grad_norm", "history")
         }
@@ -803,15 +806,10 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
     )
 
 
-def _read(step: int, total: int, measures: Tree, history: Any) -> methods.Signals:
+def _read(step: int, total: int, measures: Tree) -> methods.Signals:
     """The signals of a step, read from the device."""
-    measures, history = jax.device_get((measures, history))
-    return methods.Signals(
-        step=step,
-        total=total,
-        **{k: float(v) for k, v in measures.items()},
-        history=None if history is None else float(history),
-    )
+    read = {k: float(v) for k, v in jax.device_get(measures).items()}
+    return methods.Signals(step=step, total=total, **read)
 
 
 def _validation_loss(job: jobs.Job, delta: Tree, validation: list[Tree]) -> float:

@@ -42,16 +42,16 @@ class State(NamedTuple):
 class Steps(NamedTuple):
     """The pure functions that `parallel.compile` makes fast.
 
-    train(base, state, memo, batch) -> (state, measures): one optimizer step; the measures
-        are float32 scalars loss, grad_norm, lr, movement (mean |change| of an entry),
-        distance (norm of the change) and, for a method that has one, the penalty, which
-        `loss` does not hold
-    probe(base, state, memo, chunk) -> loss of the first batch of a chunk, float32
+    train(base, state, memo, batch, chunk) -> (state, measures): one optimizer step; the
+        measures are float32 scalars loss, grad_norm, lr, movement (mean |change| of an
+        entry), distance (norm of the change), for a method that has one the penalty, which
+        `loss` does not hold, and with a chunk, which may be None, history: the probe after it
+    probe(base, state, memo, chunk) -> loss of the first batch of a chunk, float32; 0, and
+        nothing is run, where that is empty
     rehearse(base, state, memo, chunk, count) -> (state, losses): the first `count` batches
     validate(base, adapter, batch) -> weighted sum of the loss over a batch, float32
     squares(base, state, memo, batch) -> sum over rows of the squared gradient of a row's
         log-likelihood, a tree like the delta; no dropout
-    train_and_probe(base, state, memo, batch, chunk) -> (state, measures, loss): both
 
     memo: the arrays of the method's memo. A batch has leaves (parts, b, length), a chunk
     (steps, parts, b, length). Every function takes `axis`, None where it sees all rows.
@@ -62,19 +62,6 @@ class Steps(NamedTuple):
     rehearse: Callable
     validate: Callable
     squares: Callable
-    train_and_probe: Callable
-
-
-def both(train: Callable, probe: Callable) -> Callable:
-    """`Steps.train_and_probe` of the two: the probe of the state after the train step."""
-
-    def train_and_probe(
-        base: Tree, state: State, memo: Tree, batch: Batch, chunk: Batch, **axis: Axis
-    ) -> tuple[State, dict[str, jax.Array], jax.Array]:
-        state, measures = train(base, state, memo, batch, **axis)
-        return state, measures, probe(base, state, memo, chunk, **axis)
-
-    return train_and_probe
 
 
 def init(
@@ -143,11 +130,13 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         key = jax.random.wrap_key_data(data, impl=layers.HASH)
         return jax.random.fold_in(key, state.adam.count)
 
-    def summed(f: Callable, zero: Tree, batch: Batch, axis: Axis) -> Tree:
+    def summed(
+        f: Callable, zero: Tree, batch: Batch, axis: Axis, blank: bool = False
+    ) -> Tree:
         """The sum of `f(part, number)` over the parts of a batch and over the devices.
 
         Each part is cut to the smallest bucket that holds its rows, on whichever device they
-        are; an empty one of several costs nothing.
+        are; an empty one of several costs nothing, nor does a `blank` batch.
         """
         full, least = batch["inputs"].shape[-1], batch["targets"].shape[-1]
         sizes = batches.cuts(cfg.data.buckets, full, least)
@@ -166,7 +155,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
             return run
 
         limits, branches = sizes, [cut_to(size) for size in sizes]
-        if batch["inputs"].shape[0] > 1:
+        if blank or batch["inputs"].shape[0] > 1:
             limits, branches = [0, *limits], [lambda *part: zero, *branches]
 
         used = batch["mask"].sum(-1).max(-1)
@@ -184,7 +173,12 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return axis.sum(total) if axis else total
 
     def forward(
-        adapter: Tree, base: Tree, batch: Batch, key: jax.Array | None, axis: Axis
+        adapter: Tree,
+        base: Tree,
+        batch: Batch,
+        key: jax.Array | None,
+        axis: Axis,
+        blank: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """`loss` of a whole batch."""
 
@@ -192,7 +186,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
             own = None if key is None else jax.random.fold_in(key, number)
             return loss(adapter, base, part, own)
 
-        return summed(of, (jnp.float32(0), jnp.int32(0)), batch, axis)
+        return summed(of, (jnp.float32(0), jnp.int32(0)), batch, axis, blank)
 
     def gradients(
         base: Tree, state: State, memo: Tree, batch: Batch, axis: Axis
@@ -238,7 +232,13 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         return state._replace(delta=delta, adam=adam), measures
 
     def train(
-        base: Tree, state: State, memo: Tree, batch: Batch, *, axis: Axis = None
+        base: Tree,
+        state: State,
+        memo: Tree,
+        batch: Batch,
+        chunk: Batch | None = None,
+        *,
+        axis: Axis = None,
     ) -> tuple[State, dict[str, jax.Array]]:
         value, grads, magnitudes = gradients(base, state, memo, batch, axis)
         extra = {}
@@ -252,14 +252,18 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
             "distance": optax.tree.norm(change),
         }
         measures = {"loss": value, **moved, **measures, **extra}
-        return after._replace(step=state.step + 1), measures
+        after = after._replace(step=state.step + 1)
+        if chunk is not None:
+            measures["history"] = probe(base, after, memo, chunk, axis=axis)
+        return after, measures
 
     def probe(
         base: Tree, state: State, memo: Tree, chunk: Batch, *, axis: Axis = None
     ) -> jax.Array:
         batch = jax.tree.map(lambda x: x[0], chunk)
         key = key_of(state, batch, axis) if method.probe_dropout else None
-        total, count = forward(compose(state.delta, memo), base, batch, key, axis)
+        adapter = compose(state.delta, memo)
+        total, count = forward(adapter, base, batch, key, axis, blank=True)
         return total / jnp.maximum(count, 1)
 
     def rehearse(
@@ -305,7 +309,7 @@ def make(model: Any, cfg: config.Config, method: methods.Method) -> Steps:
         zero = jax.tree.map(jnp.zeros_like, state.delta)
         return summed(of, zero, batch, axis)
 
-    return Steps(train, probe, rehearse, validate, squares, both(train, probe))
+    return Steps(train, probe, rehearse, validate, squares)
 
 
 def _add(

@@ -105,7 +105,7 @@ def feed(kit: Kit) -> None:
         return parallel.place(batch, job.devices), golden.examples(data, rows)
 
     def memory_batch(job: jobs.Job, task: jobs.Lesson, places: list) -> tuple:
-        if len(places) > 1 or places[0][1]:  # rehearsal: how much, this run decides
+        if [number for _, number in places] != [0]:  # rehearsal, which this run decides
             return draw(job, task, places)
         data = golden.trace(golden.CONTINUAL[task.number])
         rows = data["probe_rows"][places[0][0] - 1]

@@ -161,7 +161,7 @@ def job(folder: pathlib.Path, overrides: list[str]) -> None:
     rehearsal = jobs.memory_batch
 
     def memory_batch(job, task, places):
-        if places[0][1]:  # 0 is a probe
+        if places and places[0][1]:  # 0 is a probe
             print("rehearse", flush=True)
         return rehearsal(job, task, places)
 

@@ -51,12 +51,7 @@ def noisy() -> None:
             return call
 
         pure = init(*args)
-        train = keyed(pure.train)
-        return pure._replace(
-            train=train,
-            rehearse=keyed(pure.rehearse),
-            train_and_probe=steps.both(train, pure.probe),
-        )
+        return pure._replace(train=keyed(pure.train), rehearse=keyed(pure.rehearse))
 
     steps._adam, steps.make = _adam, make
 
@@ -87,7 +82,7 @@ class Torch:
         cfg = self.kit.cfg.train
         return float(steps.learning_rate(int(state.step), int(state.total), cfg))
 
-    def train(self, base, state, memo, batch):
+    def train(self, base, state, memo, batch, chunk):
         before = self.kit.vector(state.delta)
         self.read(state)
         rate = self.rate(state)
@@ -101,6 +96,8 @@ class Torch:
             "movement": float(np.abs(change).mean()),
             "distance": float(np.linalg.norm(change)),
         }
+        if chunk["mask"].any():
+            measures["history"] = self.probe(base, after, memo, chunk)
         return after, measures
 
     def probe(self, base, state, memo, batch):
@@ -163,8 +160,7 @@ def main(folder: pathlib.Path, engine: str, seeds: list[int]) -> None:
         )
         if engine == "torch":
             it = Torch(kit, seed)
-            both = steps.both(it.train, it.probe)
-            made = steps.Steps(it.train, it.probe, it.rehearse, it.validate, None, both)
+            made = steps.Steps(it.train, it.probe, it.rehearse, it.validate, None)
             jobs.compile_steps = lambda *args, made=made: made
         own = folder / f"{engine}{seed}"
         results = run.run(cfg, own)

@@ -419,7 +419,7 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
     data = golden.trace(name)
     losses = dict(zip(data["eval_step"].tolist(), data["eval_loss"], strict=True))
 
-    def train(base, state, memo, batch):
+    def train(base, state, memo, batch, chunk):
         measures = dict.fromkeys(("loss", "grad_norm", "lr", "movement"), 0.0)
         return state._replace(delta=state.delta + 1), measures
 
@@ -433,7 +433,7 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
         base=kit.base,
         text=kit.text,
         devices=kit.devices,
-        steps=steps.Steps(train, None, None, validate, None, None),
+        steps=steps.Steps(train, None, None, validate, None),
         work=collections.Counter(),
     )
     zero = np.float32(0)

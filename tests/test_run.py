@@ -405,7 +405,7 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guar
         with jax.transfer_guard("allow"):  # a merge may send its few numbers
             return job.method.after_step(*args)
 
-    names = ("train", "train_and_probe", "probe", "rehearse", "validate")
+    names = ("train", "probe", "rehearse", "validate")
     counting = dataclasses.replace(
         job,
         steps=job.steps._replace(**{name: counted(name) for name in names}),
@@ -429,8 +429,7 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guar
                 lambda group, step, values: None,
                 save,
             )
-    assert calls["train"] == steps and calls["train_and_probe"] == 2 * steps
-    assert calls["probe"] == 0
+    assert calls["train"] == 3 * steps and calls["probe"] == 0
     merges = rows(tmp_path, "merges.jsonl")
     assert calls["rehearse"] == len(merges) > 0
     for name in names:

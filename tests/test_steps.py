@@ -102,6 +102,19 @@ def test_padding_rows_change_nothing(kit, made):
     assert float(a[1]["loss"]) == pytest.approx(float(b[1]["loss"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 9])  # of one part, and of several
+def test_an_empty_probe_runs_nothing(kit, made, rows):
+    batch, state = kit.batch([[0, 1]]), kit.state()
+    blank = batches.stack(kit.text, [[]], rows)
+    assert (blank["inputs"].shape[1] > 1) == (rows > 2)
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), kit.base.params)
+    assert float(made.probe(broken, state, (), blank)) == 0
+    after, measures = made.train(kit.base.params, state, (), batch, blank)
+    assert float(measures["history"]) == 0
+    alone, _ = made.train(kit.base.params, state, (), batch)
+    same(after, alone)
+
+
 @pytest.mark.parametrize("name", ["t5", "qwen3"])
 def test_padding_left_out_changes_nothing(name):
     """The same loss whether every part is as long as the longest row or cut to its own."""

@@ -56,7 +56,7 @@ class Signals(NamedTuple):
     grad_norm: float
     lr: float
     movement: float
-    history: float | None
+    history: float | None = None
     distance: float = 0.0
     penalty: float | None = None
 
