@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, lora
+from aim_jax import config, lora, records
 from aim_jax.models import hf
 
 FORMATS = ("peft", "merged")
@@ -29,18 +29,17 @@ def adapter(workdir: pathlib.Path, task: str | None = None) -> pathlib.Path:
 
     Raises InputError that lists the tasks there are.
     """
-    folders = sorted(p for p in (workdir / "adapters").glob("*-*") if p.is_dir())
-    if not folders:
+    found = records.numbered(workdir / "adapters")
+    if not found:
         raise aim_jax.InputError(
             f"--workdir {workdir}: no adapters/NN-TASK folder; give the workdir of a run"
             " that has finished a task"
         )
-    found = {p.name.partition("-")[2]: p for p in folders}
     if task is not None and task not in found:
         raise aim_jax.InputError(
             f"--task: no adapter after '{task}'; there are {', '.join(found)}"
         )
-    return found[task] if task is not None else folders[-1]
+    return found[task or [*found][-1]]
 
 
 def peft(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:

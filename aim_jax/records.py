@@ -316,17 +316,27 @@ def rows(
     return found
 
 
+def numbered(folder: pathlib.Path, suffix: str = "") -> dict[str, pathlib.Path]:
+    """TASK -> each NN-TASK in `folder`, in the order of the numbers, of any width.
+
+    suffix: what the names of files end in beside that.
+    """
+    names = [(p, p.name.removesuffix(suffix)) for p in folder.glob(f"*-*{suffix}")]
+    parts = [(p, *name.partition("-")) for p, name in names]
+    found = [(int(n), task, p) for p, n, _, task in parts if n.isdecimal()]
+    return {task: p for _, task, p in sorted(found)}
+
+
 def _predictions(
     path: pathlib.Path, finished: bool, notes: list[str]
 ) -> dict[str, tuple[list[Row], list[float]]]:
     """Task name -> (rows of its last evaluation, their scores just after learning it)."""
     last: dict[str, pathlib.Path] = {}
     own: dict[str, pathlib.Path] = {}
-    stages = [p for p in path.glob("predictions/*-*") if p.name.split("-")[0].isdigit()]
-    for stage in sorted(stages, key=lambda p: int(p.name.split("-")[0])):
+    for task, stage in numbered(path / "predictions").items():
         for file in stage.glob("*.jsonl"):
             last[file.stem] = file
-            if file.stem == stage.name.partition("-")[2]:
+            if file.stem == task:
                 own[file.stem] = file
 
     def read(file: pathlib.Path) -> list[Row]:

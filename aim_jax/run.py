@@ -828,8 +828,7 @@ def _check_finite(
 ) -> None:
     bad = [name for name, value in told.items() if not math.isfinite(value or 0.0)]
     if bad:
-        names = [x.name for x in sorted((job.folder / "adapters").glob("*"))]
-        last = os.fspath(job.folder / "adapters" / names[-1]) if names else "none"
+        last = ("none", *records.numbered(job.folder / "adapters").values())[-1]
         raise aim_jax.InputError(
             f"task {task.name}, step {step}: {' and '.join(bad)} not finite on the"
             f" rows {', '.join(ids)}; the last good adapter: {last}. Lower"
