@@ -679,6 +679,28 @@ def test_a_broken_file_of_a_run_is_named(whole, tmp_path, name):
         assert (folder / name).read_text() == text
 
 
+def test_rows_that_a_resumed_run_writes_again_are_cut(whole, tmp_path):
+    """So is a line that a crash cut short; any other that is no row is named."""
+    text = (whole[0] / logs.METRICS).read_text()
+    file = tmp_path / logs.METRICS
+    file.write_text(text + '{"task": 2, "st')
+    logs.cut(tmp_path, 2, 12)
+    assert file.read_text() == text
+    logs.cut(tmp_path, 1, 7)
+    kept = [r for r in rows(whole[0], logs.METRICS) if (r["task"], r["step"]) <= (1, 7)]
+    assert rows(tmp_path, logs.METRICS) == kept
+    for line, what in (
+        ("3", "must be a JSON object"),
+        ('{"task": 1}', "field 'step' is missing"),
+        ('{"task": "1", "step": 2}', "field 'task' must be a whole number"),
+        ('{"task": 1, "st', "not JSON"),
+    ):
+        file.write_text(f"{line}\n{text}")
+        with pytest.raises(aim_jax.InputError, match=f"{logs.METRICS}:1: {what}"):
+            logs.cut(tmp_path, 2, 12)
+        assert file.read_text() == f"{line}\n{text}"
+
+
 def test_missing_model_or_data_leave_no_workdir(tmp_path):
     for cfg, culprit in (
         (make(model__path=str(tmp_path / "nothing")), "model.path"),
