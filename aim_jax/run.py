@@ -46,6 +46,7 @@ from aim_jax.models import hf
 
 Tree = Any
 CHUNK = 8  # rehearsal steps in one compiled call; any number takes ceil(n / 8) calls
+PATIENCE = 60  # seconds; for so long NFS may not show what another machine has written
 
 
 class Place(NamedTuple):
@@ -72,6 +73,7 @@ def run(
     """
     done = claim(cfg, folder)
     parallel.meet(f"{folder} is claimed")  # before one writes there
+    check_shared(folder, bool(done))
     if done:
         print(f"{folder}: this run is finished")
         if not (folder / "report.html").is_file():
@@ -201,6 +203,33 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
                 f"{also if wanted != folder else ''}"
             )
     return None
+
+
+def check_shared(folder: pathlib.Path, done: bool) -> None:
+    """Raise InputError, in every process, unless all of them see the same `folder`.
+
+    done: whether a finished run is there, in which nothing is to be written.
+    """
+    if jax.process_count() == 1:
+        return
+    token = folder / "shared.part"
+    if not done:
+        logs.write(token, str(time.time_ns()))
+    parallel.meet(f"{token} is written")
+    end = time.monotonic() + PATIENCE
+    while not (done or token.is_file()) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = token.read_text() if token.is_file() else ""
+    try:
+        parallel.check_alike([done, seen])
+    except AssertionError:
+        raise aim_jax.InputError(
+            f"--workdir {folder}: not all processes see what the first one has there; it"
+            " must be on a disk that all of them share"
+        ) from None
+    finally:
+        if logs.leads:
+            token.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
