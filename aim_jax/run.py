@@ -383,9 +383,17 @@ def train_task(
         seconds["train"] = before + time.perf_counter() - began
         save(place)
 
+    work, whole = collections.Counter(job.work), place.step == 0
     place = train(job, job.method, task, place, log, timed)
     if not task.train:
         return place
+    work = job.work - work
+    rehearses = job.method.after_step and task.memory and work["steps"] and whole
+    if rehearses and not work["rehearsal_steps"]:
+        bar.write(
+            f"{task.name}: method {job.cfg.method.name} came to no rehearsal in its"
+            f" {work['steps']} steps; the memory had no part in this task"
+        )
     folder = job.folder / "adapters" / _numbered(job, number)
     made = adapter(job, place, number)
     if logs.leads:

@@ -23,7 +23,7 @@ import safetensors.numpy
 import aim_jax
 from aim_jax import checkpoint, config, jobs, logs, records, rescore, run
 from aim_jax.data import batches, synthetic
-from aim_jax.methods import aim, sequential
+from aim_jax.methods import aim, sequential, step_ebbinghaus
 from aim_jax.models import hf
 
 TASKS = synthetic.STREAM[:3]
@@ -573,6 +573,18 @@ def test_labels_that_no_answer_is_long_enough_for(tmp_path):
     assert jobs.too_long(job, task) == 0
     assert jobs.too_long(job, changed) == 2
     assert jobs.too_long(job, changed._replace(metric="rouge_l")) == 0
+
+
+@pytest.mark.parametrize(("day", "silent"), [(6, True), (7, False)])
+def test_a_task_too_short_for_a_rehearsal_is_told(tmp_path, capsys, day, silent):
+    method = step_ebbinghaus.Options(calibration=day, rehearsal=1)
+    cfg = make(method, data__tasks=TASKS[:2], data__limit_test=1, train__epochs=1)
+    run.run(cfg, tmp_path / "run")
+    # Never of the first task, before which there is nothing to rehearse.
+    text = f"{TASKS[1]}: method step_ebbinghaus came to no rehearsal in its 6 steps; "
+    told = [line for line in capsys.readouterr().out.split("\n") if "rehears" in line]
+    assert len(told) == (0 if silent else 1)
+    assert all(line.startswith(text) for line in told)
 
 
 def test_a_run_may_have_the_name_of_what_runs_share(tmp_path):
