@@ -47,7 +47,7 @@ def fuse(
     for folder, cfg in zip(folders, configs, strict=True):
         for what, ours, first in (
             ("r", cfg.r, configs[0].r),
-            ("alpha / r", lora.scale(cfg), lora.scale(configs[0])),
+            ("scale of B A", lora.scale(cfg), lora.scale(configs[0])),
         ):
             if rule.space == "factor" and ours != first:
                 raise aim_jax.InputError(

@@ -83,12 +83,13 @@ def test_other_ranks_and_scales(tmp_path):
     ]
     weights = (1.0, 2.0, 0.5)
     rule = fusion.Rule("linear", "product")
-    fuse.fuse(folders, rule, tmp_path / "out", weights, rank=6)
-    found = products(tmp_path / "out")
     each = [products(f) for f in folders]
-    for name, value in found.items():
-        mean = sum(w * p[name] for w, p in zip(weights, each, strict=True)) / 3.5
-        np.testing.assert_allclose(value, mean, atol=1e-5)
+    for out, step in (("out", 1), ("rslora", -1)):  # after the first's settings
+        fuse.fuse(folders[::step], rule, tmp_path / out, weights[::step], rank=6)
+        for name, value in products(tmp_path / out).items():
+            mean = sum(w * p[name] for w, p in zip(weights, each, strict=True)) / 3.5
+            np.testing.assert_allclose(value, mean, atol=1e-5)
+    assert json.loads((tmp_path / "rslora" / SETTINGS).read_text())["use_rslora"]
 
 
 def test_fisher(tmp_path):
@@ -120,8 +121,12 @@ def test_fisher(tmp_path):
     ("settings", "tensors", "words"),
     [
         ({"rank": 3}, {}, "/b: r is 3, but 2 in .*/a; --space product"),
-        ({"lora_alpha": 8}, {}, "/b: alpha / r is 4, but 2 in .*/a; --space product"),
-        ({"use_rslora": True}, {}, "/b: alpha / r is 2.8"),
+        (
+            {"lora_alpha": 8},
+            {},
+            "/b: scale of B A is 4, but 2 in .*/a; --space product",
+        ),
+        ({"use_rslora": True}, {}, "/b: scale of B A is 2.8"),
         ({"use_dora": True}, {}, "/b/.*: not supported: use_dora"),
         (
             {},
