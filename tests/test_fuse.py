@@ -188,6 +188,8 @@ def test_command(tmp_path):
     assert failed.stderr == "error: --weights: 'x' is no number\n"
     failed = call("--method", "magmax", "--density", "1", *folders, "--out", out + "2")
     assert failed.stderr == "error: --density: is for --method ties or dare alone\n"
+    failed = call("--method", "dare", "--drop_into", "x", out + "3", "--out", out + "2")
+    assert failed.stderr == "error: drop_into: no 'x'; there are linear, ties\n"
 
 
 def test_a_folder_that_is_not_there(tmp_path):
