@@ -12,7 +12,6 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import app, flags
@@ -58,9 +57,8 @@ def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
     not the base that the run of the adapter began with.
     """
     base = hf.load(dataclasses.replace(cfg.model, bits=16))
-    results = source.parents[1] / "results.json"
-    began = hf.read_json(results).get("model") if results.is_file() else None
-    if began not in (None, base.fingerprint):
+    results = records.read_json(source.parents[1] / "results.json", {})
+    if results.get("model") not in (None, base.fingerprint):
         raise aim_jax.InputError(
             f"model.path '{cfg.model.path}': its files have changed since the run began;"
             " its adapters are for those of then"
@@ -70,7 +68,7 @@ def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
     folder = hf.directory(cfg.model.path)
     for file in hf.companions(folder):
         shutil.copyfile(file, out / file.name)
-    data: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    data = records.read_json(folder / "config.json")
     # Earlier transformers read torch_dtype, transformers 5 reads either.
     data.pop("dtype", None)
     data["torch_dtype"] = cfg.model.dtype
@@ -85,7 +83,7 @@ def write(
     if not file.is_file():
         raise aim_jax.InputError(f"--workdir {workdir}: no config.json; not a run")
     check_new(out)
-    cfg = config.from_json(hf.read_json(file))
+    cfg = config.from_json(records.read_json(file))
     source = adapter(workdir, task)
     {"peft": peft, "merged": merged}[kind](cfg, source, out)
 

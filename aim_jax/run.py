@@ -174,7 +174,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
     """
     file = folder / "config.json"
     if file.is_file():
-        theirs = config.from_json(hf.read_json(file))
+        theirs = config.from_json(records.read_json(file))
         changed = config.differences(theirs, cfg)
         if changed:
             raise aim_jax.InputError(
@@ -188,8 +188,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
-    file = folder / "results.json"
-    results = hf.read_json(file) if file.is_file() else {}
+    results = records.read_json(folder / "results.json", {})
     if results.get("finished"):
         return results
     written = [folder, alone_folder(folder)] if cfg.eval.fwt else [folder]
