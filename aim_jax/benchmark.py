@@ -43,6 +43,7 @@ from aim_jax import (
     methods,
     parallel,
     plan,
+    records,
     run,
     steps,
 )
@@ -163,7 +164,7 @@ def plain(
         )
     own, cfg = cfg, of_shape(cfg, shape)
     buckets = (*(n for n in own.data.buckets if n < length), length)
-    told = json.loads((hf.directory(cfg.model.path) / "config.json").read_text())
+    told = records.read_json(hf.directory(cfg.model.path) / "config.json")
     eos = int(np.ravel(told.get("eos_token_id") or 1)[0])  # of several the first
     tokenizer = types.SimpleNamespace(eos_token_id=eos)
     data = dataclasses.replace(devices.sized(cfg.data), buckets=buckets)

@@ -12,13 +12,12 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import app, flags
 
 import aim_jax
-from aim_jax import config, lora
+from aim_jax import config, lora, records
 from aim_jax.models import hf
 
 FORMATS = ("peft", "merged")
@@ -29,18 +28,17 @@ def adapter(workdir: pathlib.Path, task: str | None = None) -> pathlib.Path:
 
     Raises InputError that lists the tasks there are.
     """
-    folders = sorted(p for p in (workdir / "adapters").glob("*-*") if p.is_dir())
-    if not folders:
+    found = records.numbered(workdir / "adapters")
+    if not found:
         raise aim_jax.InputError(
             f"--workdir {workdir}: no adapters/NN-TASK folder; give the workdir of a run"
             " that has finished a task"
         )
-    found = {p.name.partition("-")[2]: p for p in folders}
     if task is not None and task not in found:
         raise aim_jax.InputError(
             f"--task: no adapter after '{task}'; there are {', '.join(found)}"
         )
-    return found[task] if task is not None else folders[-1]
+    return found[task or [*found][-1]]
 
 
 def peft(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
@@ -59,9 +57,8 @@ def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
     not the base that the run of the adapter began with.
     """
     base = hf.load(dataclasses.replace(cfg.model, bits=16))
-    results = source.parents[1] / "results.json"
-    began = hf.read_json(results).get("model") if results.is_file() else None
-    if began not in (None, base.fingerprint):
+    results = records.read_json(source.parents[1] / "results.json", {})
+    if results.get("model") not in (None, base.fingerprint):
         raise aim_jax.InputError(
             f"model.path '{cfg.model.path}': its files have changed since the run began;"
             " its adapters are for those of then"
@@ -71,7 +68,7 @@ def merged(cfg: config.Config, source: pathlib.Path, out: pathlib.Path) -> None:
     folder = hf.directory(cfg.model.path)
     for file in hf.companions(folder):
         shutil.copyfile(file, out / file.name)
-    data: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    data = records.read_json(folder / "config.json")
     # Earlier transformers read torch_dtype, transformers 5 reads either.
     data.pop("dtype", None)
     data["torch_dtype"] = cfg.model.dtype
@@ -86,7 +83,7 @@ def write(
     if not file.is_file():
         raise aim_jax.InputError(f"--workdir {workdir}: no config.json; not a run")
     check_new(out)
-    cfg = config.from_json(hf.read_json(file))
+    cfg = config.from_json(records.read_json(file))
     source = adapter(workdir, task)
     {"peft": peft, "merged": merged}[kind](cfg, source, out)
 

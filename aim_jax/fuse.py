@@ -22,6 +22,7 @@ from aim_jax import export, fusion, lora
 from aim_jax.models import hf
 
 FISHER = "fisher.safetensors"
+FIELDS = dataclasses.fields(fusion.Rule)[1:]  # beside its name
 
 
 def fuse(
@@ -47,7 +48,7 @@ def fuse(
     for folder, cfg in zip(folders, configs, strict=True):
         for what, ours, first in (
             ("r", cfg.r, configs[0].r),
-            ("alpha / r", lora.scale(cfg), lora.scale(configs[0])),
+            ("scale of B A", lora.scale(cfg), lora.scale(configs[0])),
         ):
             if rule.space == "factor" and ours != first:
                 raise aim_jax.InputError(
@@ -103,15 +104,16 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
 
     def make(out: pathlib.Path) -> None:
-        names = [f.name for f in dataclasses.fields(fusion.Rule) if f.name != "name"]
         rule = fusion.Rule(
-            values.method, **{name: values[name].value for name in names}
+            values.method, **{field.name: values[field.name].value for field in FIELDS}
         )
-        for name, rules in fusion.CONSTANTS.items():
-            if values[name].present and rule.name not in rules:
+        for field in FIELDS:
+            rules = field.metadata["rules"] or fusion.RULES
+            if values[field.name].present and rule.name not in rules:
                 raise aim_jax.InputError(
-                    f"--{name}: is for --method {' or '.join(rules)} alone"
+                    f"--{field.name}: is for --method {' or '.join(rules)} alone"
                 )
+        fusion.check(rule)
         folders = [hf.snapshot(a, "adapter", hf.ADAPTER_FILES) for a in argv[1:]]
         weights = None
         if values.weights is not None:
@@ -130,27 +132,15 @@ def _number(text: str) -> float:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("method", None, fusion.RULES, "the rule")
-    flags.DEFINE_enum("space", "factor", fusion.SPACES, "A and B apart, or B A")
     flags.DEFINE_string("out", None, "the folder to write")
     flags.DEFINE_list("weights", None, "one an adapter, A,B,...; default: all 1")
     flags.DEFINE_integer(
         "rank", None, "product space: rank of the result; default: the largest"
     )
-    rule = fusion.Rule
-    flags.DEFINE_float(
-        "scale",
-        rule.scale,
-        "factor of the result; default: 0.3 for task_arithmetic, else 1",
-    )
-    flags.DEFINE_float("density", rule.density, "ties, dare: part that is kept")
-    flags.DEFINE_enum(
-        "drop_into", rule.drop_into, ("linear", "ties"), "dare: what follows"
-    )
-    flags.DEFINE_bool(
-        "roots", rule.roots, "factor space: weights and scale as square roots (PEFT)"
-    )
-    flags.DEFINE_float("decay", rule.decay, "ema: what the average keeps of itself")
-    flags.DEFINE_float("fisher_floor", rule.fisher_floor, "fisher: added to F")
-    flags.DEFINE_float("split", rule.split, "opcm: share of S that is protected")
-    flags.DEFINE_integer("seed", rule.seed, "dare: of what is dropped")
+    kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer}
+    kinds[str] = flags.DEFINE_string
+    for field in FIELDS:
+        define = kinds.get(type(field.default), flags.DEFINE_float)
+        told = ", ".join(field.metadata["rules"]), field.metadata["text"]
+        define(field.name, field.default, ": ".join(filter(None, told)))
     app.run(main)

@@ -45,20 +45,27 @@ def fuse(
     return fused, jax.tree.reduce(jnp.add, moved)
 
 
+def _of(default: Any, text: str, *rules: str) -> Any:
+    """A constant of a `Rule`, and what it is; rules: those that alone have it."""
+    return dataclasses.field(default=default, metadata={"text": text, "rules": rules})
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How n adapters become one: the name of a rule of `RULES`, and its constants."""
 
     name: str
-    space: str = "factor"  # or `product`
-    scale: float | None = None  # factor of the result; None: `SCALES`, else 1
-    density: float = 0.2  # ties, dare: the part of the entries that is kept
-    drop_into: str = "linear"  # dare: the rule for what is left, or `ties`
-    roots: bool = False  # factor space: weights and scale enter as PEFT's square roots
-    decay: float = 0.9  # ema: what the average keeps of itself
-    fisher_floor: float = 1e-6  # fisher: added to every entry of F
-    split: float = 0.5  # opcm: share of the singular values that is protected
-    seed: int = 0  # dare: of its masks
+    space: str = _of("factor", "factor: on A and B apart, or product: on B A")
+    scale: float | None = _of(
+        None, "factor of the result; default: 0.3 for task_arithmetic, else 1"
+    )
+    density: float = _of(0.2, "part of the entries that is kept", "ties", "dare")
+    drop_into: str = _of("linear", "the rule for what is left, or ties", "dare")
+    roots: bool = _of(False, "factor space: square roots of weights and scale (PEFT)")
+    decay: float = _of(0.9, "what the average keeps of itself", "ema")
+    fisher_floor: float = _of(1e-6, "added to every entry of F", "fisher")
+    split: float = _of(0.5, "share of the singular values that is protected", "opcm")
+    seed: int = _of(0, "of its masks", "dare")
 
 
 class Entries(NamedTuple):
@@ -169,14 +176,6 @@ ELEMENTWISE = {
 RULES = (*ELEMENTWISE, "opcm")
 SPACES = ("factor", "product")
 SCALES = {"task_arithmetic": 0.3}
-CONSTANTS = {  # of a Rule, those of some rules alone
-    "density": ("ties", "dare"),
-    "drop_into": ("dare",),
-    "decay": ("ema",),
-    "fisher_floor": ("fisher",),
-    "split": ("opcm",),
-    "seed": ("dare",),
-}
 SIGNED = ("task_arithmetic", "magmax", "opcm")  # rules that take weights below 0
 
 

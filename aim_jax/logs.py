@@ -14,6 +14,7 @@ from typing import Any
 import tqdm
 
 import aim_jax
+from aim_jax import records
 
 METRICS, MERGES = "metrics.jsonl", "merges.jsonl"
 Board = Callable[..., None]
@@ -29,12 +30,15 @@ def append(file: pathlib.Path, row: dict[str, Any]) -> None:
 
 
 def cut(folder: pathlib.Path, task: int, step: int) -> None:
-    """Drop the rows after `step` of `task`, which a resumed run writes again."""
+    """Drop the rows after `step` of `task`, which a resumed run writes again.
+
+    And a last line that a crash cut short. Raises InputError for any other that is no row.
+    """
     for file in (folder / METRICS, folder / MERGES):
         if file.is_file():
-            lines = file.read_text("utf-8").splitlines()
-            kept = [line for line in lines if _place(line) <= (task, step)]
-            write(file, "".join(line + "\n" for line in kept))
+            found = records.rows(file, ("task", "step"), finished=False, notes=[])
+            kept = [row for row in found if (row["task"], row["step"]) <= (task, step)]
+            write(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def write(file: pathlib.Path, text: str) -> None:
@@ -159,12 +163,3 @@ def board(folder: pathlib.Path, wanted: bool, done: int = 0) -> Iterator[Board]:
     finally:
         with writing(folder):
             writer.close()
-
-
-def _place(line: str) -> tuple[float, float]:
-    # A line that a crash cut short is of the step that was running.
-    try:
-        row = json.loads(line)
-        return row["task"], row["step"]
-    except ValueError:
-        return math.inf, math.inf

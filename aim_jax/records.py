@@ -148,7 +148,8 @@ def load(path: pathlib.Path) -> Run:
     Raises InputError with file and line for what is not JSON or lacks a field. A last line
     without its end is left out of an unfinished run, with a note: it is being written.
     """
-    settings, results = _object(path / "config.json"), _object(path / "results.json")
+    settings = read_json(path / "config.json", {})
+    results = read_json(path / "results.json", {})
     _check(results, _RESULTS, str(path / "results.json"))
     finished = bool(results.get("finished", results.get("op") is not None))
     notes = [] if results else ["there is no results.json yet"]
@@ -265,6 +266,8 @@ def _is_run(path: pathlib.Path) -> bool:
 def _text(file: pathlib.Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise aim_jax.InputError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise aim_jax.InputError(f"{file}: not UTF-8 at byte {error.start}") from None
 
@@ -272,16 +275,21 @@ def _text(file: pathlib.Path) -> str:
 def _parse(text: str, where: str) -> Row:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise aim_jax.InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise aim_jax.InputError(f"{where}: must be a JSON object, {{...}}")
     return value
 
 
-def _object(file: pathlib.Path) -> Row:
-    """The object in `file`, empty if there is no such file."""
-    return _parse(_text(file), str(file)) if file.is_file() else {}
+def read_json(file: pathlib.Path, missing: Row | None = None) -> Row:
+    """The object in a JSON file; `missing`, where given, if there is no such file.
+
+    Raises InputError for one that holds none.
+    """
+    if missing is not None and not file.is_file():
+        return missing
+    return _parse(_text(file), str(file))
 
 
 def _check(values: Row, kinds: dict[str, _Kind], where: str) -> None:
@@ -316,17 +324,27 @@ def rows(
     return found
 
 
+def numbered(folder: pathlib.Path, suffix: str = "") -> dict[str, pathlib.Path]:
+    """TASK -> each NN-TASK in `folder`, in the order of the numbers, of any width.
+
+    suffix: what the names of files end in beside that.
+    """
+    names = [(p, p.name.removesuffix(suffix)) for p in folder.glob(f"*-*{suffix}")]
+    parts = [(p, *name.partition("-")) for p, name in names]
+    found = [(int(n), task, p) for p, n, _, task in parts if n.isdecimal()]
+    return {task: p for _, task, p in sorted(found)}
+
+
 def _predictions(
     path: pathlib.Path, finished: bool, notes: list[str]
 ) -> dict[str, tuple[list[Row], list[float]]]:
     """Task name -> (rows of its last evaluation, their scores just after learning it)."""
     last: dict[str, pathlib.Path] = {}
     own: dict[str, pathlib.Path] = {}
-    stages = [p for p in path.glob("predictions/*-*") if p.name.split("-")[0].isdigit()]
-    for stage in sorted(stages, key=lambda p: int(p.name.split("-")[0])):
+    for task, stage in numbered(path / "predictions").items():
         for file in stage.glob("*.jsonl"):
             last[file.stem] = file
-            if file.stem == stage.name.partition("-")[2]:
+            if file.stem == task:
                 own[file.stem] = file
 
     def read(file: pathlib.Path) -> list[Row]:

@@ -47,6 +47,7 @@ from aim_jax.models import hf
 
 Tree = Any
 CHUNK = 8  # rehearsal steps in one compiled call; any number takes ceil(n / 8) calls
+PATIENCE = 60  # seconds; for so long NFS may not show what another machine has written
 
 
 class Place(NamedTuple):
@@ -73,6 +74,7 @@ def run(
     """
     done = claim(cfg, folder)
     parallel.meet(f"{folder} is claimed")  # before one writes there
+    check_shared(folder, bool(done))
     if done:
         print(f"{folder}: this run is finished")
         if not (folder / "report.html").is_file():
@@ -174,7 +176,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
     """
     file = folder / "config.json"
     if file.is_file():
-        theirs = config.from_json(hf.read_json(file))
+        theirs = config.from_json(records.read_json(file))
         changed = config.differences(theirs, cfg)
         if changed:
             raise aim_jax.InputError(
@@ -188,8 +190,7 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
         raise aim_jax.InputError(
             f"--workdir {folder} is not empty and holds no run; use a new directory"
         )
-    file = folder / "results.json"
-    results = hf.read_json(file) if file.is_file() else {}
+    results = records.read_json(folder / "results.json", {})
     if results.get("finished"):
         return results
     written = [folder, alone_folder(folder)] if cfg.eval.fwt else [folder]
@@ -203,6 +204,33 @@ def claim(cfg: config.Config, folder: pathlib.Path) -> dict[str, Any] | None:
                 f"{also if wanted != folder else ''}"
             )
     return None
+
+
+def check_shared(folder: pathlib.Path, done: bool) -> None:
+    """Raise InputError, in every process, unless all of them see the same `folder`.
+
+    done: whether a finished run is there, in which nothing is to be written.
+    """
+    if jax.process_count() == 1:
+        return
+    token = folder / "shared.part"
+    if not done:
+        logs.write(token, str(time.time_ns()))
+    parallel.meet(f"{token} is written")
+    end = time.monotonic() + PATIENCE
+    while not (done or token.is_file()) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = token.read_text() if token.is_file() else ""
+    try:
+        parallel.check_alike([done, seen])
+    except AssertionError:
+        raise aim_jax.InputError(
+            f"--workdir {folder}: not all processes see what the first one has there; it"
+            " must be on a disk that all of them share"
+        ) from None
+    finally:
+        if logs.leads:
+            token.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -356,9 +384,17 @@ def train_task(
         seconds["train"] = before + time.perf_counter() - began
         save(place)
 
+    work, whole = collections.Counter(job.work), place.step == 0
     place = train(job, job.method, task, place, log, timed)
     if not task.train:
         return place
+    work = job.work - work
+    rehearses = job.method.after_step and task.memory and work["steps"] and whole
+    if rehearses and not work["rehearsal_steps"]:
+        bar.write(
+            f"{task.name}: method {job.cfg.method.name} came to no rehearsal in its"
+            f" {work['steps']} steps; the memory had no part in this task"
+        )
     folder = job.folder / "adapters" / _numbered(job, number)
     made = adapter(job, place, number)
     if logs.leads:
@@ -836,8 +872,7 @@ def _check_finite(
 ) -> None:
     bad = [name for name, value in told.items() if not math.isfinite(value or 0.0)]
     if bad:
-        names = [x.name for x in sorted((job.folder / "adapters").glob("*"))]
-        last = os.fspath(job.folder / "adapters" / names[-1]) if names else "none"
+        last = ("none", *records.numbered(job.folder / "adapters").values())[-1]
         raise aim_jax.InputError(
             f"task {task.name}, step {step}: {' and '.join(bad)} not finite on the"
             f" rows {', '.join(ids)}; the last good adapter: {last}. Lower"

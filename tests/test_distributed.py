@@ -126,6 +126,35 @@ def test_processes_share_rows_decisions_checkpoints_and_signals(tmp_path):
         assert process.returncode == 0, errors
 
 
+APART = """
+import os, sys
+from aim_jax import main, run
+
+run.PATIENCE = 1
+os.chdir(os.path.join(sys.argv.pop(1), sys.argv[-1][-1]))
+main.app.run(main.main)
+"""
+
+
+def test_processes_that_do_not_share_the_folder_of_the_run(tmp_path):
+    """Each of them ends with the same error, and nothing is left behind."""
+    script = tmp_path / "process.py"
+    script.write_text(APART)
+    (tmp_path / "0").mkdir()
+    # Here is what one that was killed has left.
+    (tmp_path / "1" / "run").mkdir(parents=True)
+    (tmp_path / "1" / "run" / "shared.part").write_text("1")
+    began = time.time()
+    for process in pair(script, tmp_path, *SETTINGS, "--workdir=run"):
+        _, errors = process.communicate()
+        assert process.returncode == 2, errors
+        (error,) = (e for e in errors.splitlines() if e.startswith("error: "))
+        assert error.startswith("error: --workdir run: not all processes see")
+        assert error.endswith("it must be on a disk that all of them share")
+    assert time.time() - began < 60
+    assert not any((tmp_path / "0" / "run").iterdir())
+
+
 def start(folder):
     """Both processes of the main job, once it has saved something in training."""
     before = {p.name for p in (folder / "checkpoints").glob("*")}

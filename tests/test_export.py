@@ -116,6 +116,15 @@ def test_not_a_run(tmp_path):
         export.adapter(tmp_path)
 
 
+def test_more_than_a_hundred_tasks(tmp_path):
+    """Folders come in the order of their numbers, not of their names."""
+    for name in ("11-b", "100-c", "02-a", "not-one"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    assert export.adapter(tmp_path).name == "100-c"
+    with pytest.raises(aim_jax.InputError, match="there are a, b, c$"):
+        export.adapter(tmp_path, "one")
+
+
 def test_command(workdir, tmp_path):
     """The command itself: its files, its exit codes, its one line of an error."""
 

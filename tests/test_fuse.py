@@ -83,12 +83,13 @@ def test_other_ranks_and_scales(tmp_path):
     ]
     weights = (1.0, 2.0, 0.5)
     rule = fusion.Rule("linear", "product")
-    fuse.fuse(folders, rule, tmp_path / "out", weights, rank=6)
-    found = products(tmp_path / "out")
     each = [products(f) for f in folders]
-    for name, value in found.items():
-        mean = sum(w * p[name] for w, p in zip(weights, each, strict=True)) / 3.5
-        np.testing.assert_allclose(value, mean, atol=1e-5)
+    for out, step in (("out", 1), ("rslora", -1)):  # after the first's settings
+        fuse.fuse(folders[::step], rule, tmp_path / out, weights[::step], rank=6)
+        for name, value in products(tmp_path / out).items():
+            mean = sum(w * p[name] for w, p in zip(weights, each, strict=True)) / 3.5
+            np.testing.assert_allclose(value, mean, atol=1e-5)
+    assert json.loads((tmp_path / "rslora" / SETTINGS).read_text())["use_rslora"]
 
 
 def test_fisher(tmp_path):
@@ -120,8 +121,12 @@ def test_fisher(tmp_path):
     ("settings", "tensors", "words"),
     [
         ({"rank": 3}, {}, "/b: r is 3, but 2 in .*/a; --space product"),
-        ({"lora_alpha": 8}, {}, "/b: alpha / r is 4, but 2 in .*/a; --space product"),
-        ({"use_rslora": True}, {}, "/b: alpha / r is 2.8"),
+        (
+            {"lora_alpha": 8},
+            {},
+            "/b: scale of B A is 4, but 2 in .*/a; --space product",
+        ),
+        ({"use_rslora": True}, {}, "/b: scale of B A is 2.8"),
         ({"use_dora": True}, {}, "/b/.*: not supported: use_dora"),
         (
             {},
@@ -183,6 +188,8 @@ def test_command(tmp_path):
     assert failed.stderr == "error: --weights: 'x' is no number\n"
     failed = call("--method", "magmax", "--density", "1", *folders, "--out", out + "2")
     assert failed.stderr == "error: --density: is for --method ties or dare alone\n"
+    failed = call("--method", "dare", "--drop_into", "x", out + "3", "--out", out + "2")
+    assert failed.stderr == "error: drop_into: no 'x'; there are linear, ties\n"
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -382,6 +382,14 @@ NEAR = {"rope_type": "default", "rope_theta": 100.0}
             {"rope_parameters": LINEAR | {"rope_theta": 50.0}},
         ),
         (
+            "llama3",
+            {"original_max_position_embeddings": 8},
+            {
+                "rope_parameters": make_models.LLAMA3
+                | {"original_max_position_embeddings": 8}
+            },
+        ),
+        (
             "gemma3",
             {"rope_scaling": LINEAR},
             {
@@ -445,26 +453,31 @@ def test_unsupported_config(name, change, words, tmp_path):
         hf.read_config(tmp_path)
 
 
+LONG = {"original_max_position_embeddings": 8192}
+
+
 @torch_needed
 @pytest.mark.parametrize(
-    "rope",
+    ("rope", "beside"),
     [
-        {"rope_type": "default", "rope_theta": 1e6},
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
-        make_models.LLAMA3 | {"original_max_position_embeddings": 8192},
-        make_models.LLAMA3 | {"rope_theta": 5e5, "factor": 32.0},
+        ({"rope_type": "default", "rope_theta": 1e6}, {}),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}, {}),
+        (make_models.LLAMA3 | LONG, {}),
+        (make_models.LLAMA3, LONG),
+        (make_models.LLAMA3 | {"rope_theta": 5e5, "factor": 32.0}, {}),
     ],
 )
-def test_frequencies(rope):
+def test_frequencies(rope, beside):
     """Angles agree with transformers' to the last bit or the one before, at full size."""
     import transformers
     from transformers.models.llama import modeling_llama
 
     hf_config = transformers.LlamaConfig(
-        hidden_size=256, num_attention_heads=2, rope_parameters=dict(rope)
+        hidden_size=256, num_attention_heads=2, rope_parameters=dict(rope), **beside
     )
     theirs = modeling_llama.LlamaRotaryEmbedding(hf_config).inv_freq.numpy()
-    ours = np.array(decoder.frequencies(rope, 128), np.float32)
+    settings = decoder.rope({"rope_parameters": rope, **beside})
+    ours = np.array(decoder.frequencies(settings, 128), np.float32)
     np.testing.assert_allclose(ours, theirs, rtol=2.5e-7)
 
 

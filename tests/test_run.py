@@ -23,7 +23,7 @@ import safetensors.numpy
 import aim_jax
 from aim_jax import checkpoint, config, jobs, logs, records, rescore, run
 from aim_jax.data import batches, synthetic
-from aim_jax.methods import aim, sequential
+from aim_jax.methods import aim, sequential, step_ebbinghaus
 from aim_jax.models import hf
 
 TASKS = synthetic.STREAM[:3]
@@ -574,6 +574,18 @@ def test_labels_that_no_answer_is_long_enough_for(tmp_path):
     assert jobs.too_long(job, changed._replace(metric="rouge_l")) == 0
 
 
+@pytest.mark.parametrize(("day", "silent"), [(6, True), (7, False)])
+def test_a_task_too_short_for_a_rehearsal_is_told(tmp_path, capsys, day, silent):
+    method = step_ebbinghaus.Options(calibration=day, rehearsal=1)
+    cfg = make(method, data__tasks=TASKS[:2], data__limit_test=1, train__epochs=1)
+    run.run(cfg, tmp_path / "run")
+    # Never of the first task, before which there is nothing to rehearse.
+    text = f"{TASKS[1]}: method step_ebbinghaus came to no rehearsal in its 6 steps; "
+    told = [line for line in capsys.readouterr().out.split("\n") if "rehears" in line]
+    assert len(told) == (0 if silent else 1)
+    assert all(line.startswith(text) for line in told)
+
+
 def test_a_run_may_have_the_name_of_what_runs_share(tmp_path):
     for name in ("other", "single", ".single"):
         (tmp_path / ".single").mkdir(exist_ok=True)
@@ -676,6 +688,28 @@ def test_a_broken_file_of_a_run_is_named(whole, tmp_path, name):
         with pytest.raises(aim_jax.InputError, match=f"{name}: {what}"):
             run.run(make(eval__fwt=True), folder)
         assert (folder / name).read_text() == text
+
+
+def test_rows_that_a_resumed_run_writes_again_are_cut(whole, tmp_path):
+    """So is a line that a crash cut short; any other that is no row is named."""
+    text = (whole[0] / logs.METRICS).read_text()
+    file = tmp_path / logs.METRICS
+    file.write_text(text + '{"task": 2, "st')
+    logs.cut(tmp_path, 2, 12)
+    assert file.read_text() == text
+    logs.cut(tmp_path, 1, 7)
+    kept = [r for r in rows(whole[0], logs.METRICS) if (r["task"], r["step"]) <= (1, 7)]
+    assert rows(tmp_path, logs.METRICS) == kept
+    for line, what in (
+        ("3", "must be a JSON object"),
+        ('{"task": 1}', "field 'step' is missing"),
+        ('{"task": "1", "step": 2}', "field 'task' must be a whole number"),
+        ('{"task": 1, "st', "not JSON"),
+    ):
+        file.write_text(f"{line}\n{text}")
+        with pytest.raises(aim_jax.InputError, match=f"{logs.METRICS}:1: {what}"):
+            logs.cut(tmp_path, 2, 12)
+        assert file.read_text() == f"{line}\n{text}"
 
 
 def test_missing_model_or_data_leave_no_workdir(tmp_path):

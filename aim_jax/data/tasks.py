@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import aim_jax
-from aim_jax import config, metrics
+from aim_jax import config, metrics, records
 from aim_jax.data import memory, synthetic
 
 SPLITS = ("train", "dev", "test")
@@ -256,7 +256,7 @@ def remembered(run: str, name: str) -> list[dict[str, str]]:
     Raises InputError if there is no such file, or for a row that cannot be used.
     """
     folder = pathlib.Path(run).expanduser() / "memory"
-    files = {p.stem.partition("-")[2]: p for p in sorted(folder.glob("*-*.jsonl"))}
+    files = records.numbered(folder, ".jsonl")
     if name not in files:
         raise aim_jax.InputError(
             f"memory.replay: {folder} has no NN-{name}.jsonl; tasks there: {listed(files)}"

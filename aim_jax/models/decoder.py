@@ -138,13 +138,16 @@ def used(
 def rope(hf: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings of a config.json, as transformers 5 or as earlier releases write.
 
-    Where there are both, the earlier name counts, as in transformers.
+    Where there are both, the earlier name counts, as in transformers, and so does the
+    original length that stands beside them.
     """
     settings = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    length = "original_max_position_embeddings"
     return {
         "rope_theta": hf.get("rope_theta", 1e4),
-        "original_max_position_embeddings": hf.get("max_position_embeddings"),
+        length: hf.get("max_position_embeddings"),
         **settings,
+        **{k: v for k, v in hf.items() if k == length},
     }
 
 

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import config, lora, models, parallel
+from aim_jax import config, lora, models, parallel, records
 from aim_jax.models import flash, layers
 
 ASSETS = pathlib.Path(aim_jax.__file__).parent / "assets"
@@ -209,7 +209,7 @@ def companions(folder: pathlib.Path) -> list[pathlib.Path]:
 def ends(folder: pathlib.Path, eos: int) -> tuple[int, ...]:
     """The tokens that end an answer: `eos`, then what generation_config.json adds to it."""
     file = folder / "generation_config.json"
-    told = read_json(file).get("eos_token_id") if file.is_file() else None
+    told = records.read_json(file, {}).get("eos_token_id")
     more = told if isinstance(told, list) else [told]
     return eos, *(token for token in more if token not in (None, eos))
 
@@ -217,7 +217,7 @@ def ends(folder: pathlib.Path, eos: int) -> tuple[int, ...]:
 def read_config(folder: pathlib.Path) -> tuple[ModuleType, Any]:
     """Family module and its Config from a folder's config.json."""
     file = folder / "config.json"
-    data = read_json(file)
+    data = records.read_json(file)
     if "text_config" in data:
         raise aim_jax.InputError(
             f"{file}: model_type '{data.get('model_type')}' is not text alone; save its"
@@ -358,7 +358,7 @@ def read_adapter(
     as in the file, up to `.lora_`. file: another file of such tensors. Values are float32.
     Raises InputError as `load_adapter` does.
     """
-    settings = read_json(folder / "adapter_config.json")
+    settings = records.read_json(folder / "adapter_config.json")
     cfg = _adapter_config(folder / "adapter_config.json", PEFT_CHOICE)
     where = folder / file
     modules: dict[str, Any] = {}
@@ -451,7 +451,7 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
 
     known: fields beside them that the caller can do with.
     """
-    data = read_json(file)
+    data = records.read_json(file)
     if data.get("peft_type") != "LORA":
         raise aim_jax.InputError(
             f"{file}: peft_type {data.get('peft_type')} is not supported; it must be LORA"
@@ -524,7 +524,8 @@ def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     files = [folder / "model.safetensors"]
     # As transformers: beside a whole file an index, of an earlier save, says nothing.
     if index.is_file() and not files[0].is_file():
-        names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+        weights = records.read_json(index).get("weight_map", {})
+        names = {str(name) for name in weights.values()}
         outside = [n for n in names if pathlib.PurePath(n).name != n]
         if outside:
             raise aim_jax.InputError(
@@ -567,19 +568,6 @@ def _pickles(folder: pathlib.Path) -> str:
         f"; {found[0]} is a pickle, which can run code when opened: convert it with"
         " save_pretrained(..., safe_serialization=True)"
     )
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for a file that is missing or holds no such."""
-    try:
-        data = json.loads(file.read_text())
-    except OSError as error:
-        raise aim_jax.InputError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise aim_jax.InputError(f"{file}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise aim_jax.InputError(f"{file}: must be a JSON object")
-    return data
 
 
 def _names(template: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
