@@ -21,8 +21,9 @@ def cores(monkeypatch):
 @pytest.fixture
 def compiled(caplog):
     """(name, shapes) of programs that XLA was asked for -> the threads that asked."""
-    with jax.log_compiles():
-        yield lambda: _compiled(caplog.records)
+    jax.config.update("jax_log_compiles", True)  # on every thread
+    yield lambda: _compiled(caplog.records)
+    jax.config.update("jax_log_compiles", False)
 
 
 def _compiled(records):
@@ -45,9 +46,9 @@ def test_a_run_compiles_each_program_once_and_the_later_ones_on_threads(
     here = threading.current_thread().name
     elsewhere = collections.Counter(k[0] for k, (t,) in found.items() if t != here)
     assert elsewhere["rehearse"] == elsewhere["validate"] == 1
-    # The first length is compiled where it is needed at once.
+    # The first length may be needed at once.
     lengths = sum(name == "fill" for name, _ in found)
-    assert elsewhere["fill"] >= lengths - 2 > 0 and elsewhere["run"] > 0
+    assert elsewhere["fill"] >= lengths - 1 > 0 and elsewhere["run"] > 0
 
 
 def test_a_call_waits_and_raises_what_compiling_raised(cores):
