@@ -94,8 +94,7 @@ def release(options: Options) -> Readers:
     def read(name: str) -> Found:
         splits = {}
         for split in tasks.SPLITS:
-            places = [source / split / f"{name}{s}" for s in tasks.SUFFIXES]
-            path = next((p for p in places if p.is_file()), places[0])
+            path = tasks.file(source, split, name)
             rows = _array(path)[: options.counts.get(split)]
             splits[split] = [
                 _row(
