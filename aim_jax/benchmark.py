@@ -840,7 +840,7 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flag = flags.FLAGS
     with aim_jax.command(argv), tempfile.TemporaryDirectory() as scratch:
-        out = pathlib.Path(flag.out) if flag.out else None
+        out = pathlib.Path(flag.out).expanduser() if flag.out else None
         if out and not out.parent.is_dir():
             raise aim_jax.InputError(f"--out {out}: no folder '{out.parent}'")
         cfg = config.load(flag.config, flag.set)

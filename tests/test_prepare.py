@@ -198,6 +198,14 @@ def command(*arguments):
     )
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "source", LEAKY)
+    done = command("--layout=release", "--source=~/source", "--out=~/out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/tasks.json").is_file()
+
+
 def test_the_command_prints_a_table_or_one_line(tmp_path):
     source, out = write(tmp_path / "source", LEAKY), tmp_path / "out"
     arguments = ["--layout=release", f"--source={source}", f"--out={out}"]

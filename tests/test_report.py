@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -700,6 +701,14 @@ def test_command_line(tmp_path, runs):
     done = call(runs / "aim-1", "--out", out, runs / "sequential-1")
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in page(out).tables[0][1:]] == ["aim", "sequential"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(runs / "aim-1", tmp_path / "run")
+    done = call("~/run", "--out=~/out.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.html").is_file()
 
 
 def test_notes_of_ones_own_are_not_replaced(tmp_path, runs):

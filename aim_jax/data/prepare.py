@@ -237,12 +237,12 @@ def main(argv: Sequence[str]) -> None:
         for name in ("layout", "source", "out"):
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
-        out, prompts = pathlib.Path(values.out), values.instructions
+        out, prompts = pathlib.Path(values.out).expanduser(), values.instructions
         options = sources.Options(
-            source=pathlib.Path(values.source),
+            source=pathlib.Path(values.source).expanduser(),
             counts={s: values[s].value for s in tasks.SPLITS},
             seed=values.seed,
-            instructions=pathlib.Path(prompts) if prompts else None,
+            instructions=pathlib.Path(prompts).expanduser() if prompts else None,
         )
         report = prepare(
             values.layout, options, out, values.tasks, values.drop, values.metric
