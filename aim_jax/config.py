@@ -407,7 +407,10 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Config:
-    """The config that `to_json` gave `data` for. Raises InputError for other fields."""
+    """The config that `to_json` gave `data` for.
+
+    Raises InputError for fields or values that another version may have written.
+    """
     parts = {}
     try:
         for field in dataclasses.fields(Config):
@@ -419,11 +422,12 @@ def from_json(data: dict[str, Any]) -> Config:
             if field.name == "method":
                 kind = methods.module(values["name"]).Options
             parts[field.name] = kind(**values)
-    except (AttributeError, KeyError, TypeError) as error:
+        return resolve(Config(**parts))
+    except (AttributeError, KeyError, TypeError, aim_jax.InputError) as error:
         raise aim_jax.InputError(
-            f"config.json: not of this version of aim_jax ({error}); use another --workdir"
+            f"config.json: not of this version of aim_jax ({error}); use that version,"
+            " or another --workdir"
         ) from error
-    return Config(**parts)
 
 
 def sha256(config: Config) -> str:

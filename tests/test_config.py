@@ -307,6 +307,8 @@ def test_json_round_trip(method, preset):
         ({}, "('model')"),
         (config.to_json(DEFAULT) | {"train": {"epoch": 1}}, "argument 'epoch'"),
         (config.to_json(DEFAULT) | {"method": {"name": "gone"}}, "no method 'gone'"),
+        (config.to_json(DEFAULT) | {"model": {"remat": False}}, "remat: False must be"),
+        (config.to_json(DEFAULT) | {"model": {"remat": "all"}}, "remat: no 'all'"),
     ],
 )
 def test_json_of_something_else(data, message):
