@@ -645,6 +645,13 @@ def test_a_run_given_twice_counts_once(runs):
     assert [p.name for p in found] == ["aim-1", "aim-2", "sequential-1", "sequential-2"]
 
 
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
+    run = make_run(tmp_path / "run")
+    shutil.copytree(run, tmp_path / "a copy")
+    other = make_run(tmp_path / "other", seed=2)
+    assert records.find([tmp_path]) == [tmp_path / "a copy", other]
+
+
 @pytest.mark.parametrize("name", ["report", "report.json", "."])
 def test_out_must_be_a_page(tmp_path, name):
     with pytest.raises(aim_jax.InputError, match="ends in .html"):
