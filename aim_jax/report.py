@@ -421,7 +421,8 @@ def _replace(files: dict[pathlib.Path, str]) -> None:
 
 
 def _fresh(file: pathlib.Path) -> pathlib.Path:
-    return file.with_name(f".{file.name}.new")
+    # Of this process alone: sweeps side by side write the same page.
+    return file.with_name(f".{file.name}.{os.getpid()}.new")
 
 
 def _begins(file: pathlib.Path, mark: str) -> bool:

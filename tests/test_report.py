@@ -652,6 +652,22 @@ def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
     assert records.find([tmp_path]) == [tmp_path / "a copy", other]
 
 
+def test_two_processes_write_the_same_page(tmp_path, runs, monkeypatch):
+    page, replace, mine = tmp_path / "new/out.html", os.replace, os.getpid()
+
+    def after_another(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: mine + 1)
+        report.write([runs], page)
+        monkeypatch.setattr(os, "getpid", lambda: mine)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_another)
+    report.write([runs], page)
+    names = sorted(path.name for path in page.parent.iterdir())
+    assert names == ["out.html", "out.json", "out.md"]
+
+
 @pytest.mark.parametrize("name", ["report", "report.json", "."])
 def test_out_must_be_a_page(tmp_path, name):
     with pytest.raises(aim_jax.InputError, match="ends in .html"):
