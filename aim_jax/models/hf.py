@@ -358,8 +358,8 @@ def read_adapter(
     as in the file, up to `.lora_`. file: another file of such tensors. Values are float32.
     Raises InputError as `load_adapter` does.
     """
-    settings = read_json(folder / "adapter_config.json")
     cfg = _adapter_config(folder / "adapter_config.json", PEFT_CHOICE)
+    settings = read_json(folder / "adapter_config.json")
     where = folder / file
     modules: dict[str, Any] = {}
     for name in _tensors(where):
@@ -451,6 +451,12 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
 
     known: fields beside them that the caller can do with.
     """
+    if not file.is_file():
+        inside = sorted(file.parent.glob(f"adapters/*/{file.name}"))  # it is a run
+        such = f", such as {inside[-1].parent}" if inside else ""
+        raise aim_jax.InputError(
+            f"{file}: No such file; give the folder of a PEFT adapter{such}"
+        )
     data = read_json(file)
     if data.get("peft_type") != "LORA":
         raise aim_jax.InputError(
