@@ -20,9 +20,14 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def command(
-    argv: Sequence[str], leave: Callable[[int], None] = sys.exit
+    argv: Sequence[str],
+    leave: Callable[[int], None] = sys.exit,
+    stopped: str = "stopped",
 ) -> Iterator[None]:
-    """The body of a command that takes flags alone: an InputError is one line and status 2."""
+    """The body of a command that takes flags alone: an InputError is one line and status 2.
+
+    stopped: what Ctrl-C, status 130, says.
+    """
     quiet()
     try:
         if len(argv) > 1:
@@ -31,6 +36,9 @@ def command(
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2)
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        leave(130)
 
 
 def quiet() -> None:

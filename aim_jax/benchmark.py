@@ -840,9 +840,11 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flag = flags.FLAGS
     with aim_jax.command(argv), tempfile.TemporaryDirectory() as scratch:
-        out = pathlib.Path(flag.out) if flag.out else None
-        if out and not out.parent.is_dir():
-            raise aim_jax.InputError(f"--out {out}: no folder '{out.parent}'")
+        out = pathlib.Path(flag.out).expanduser() if flag.out else None
+        if out and (out.suffix != ".json" or not out.parent.is_dir()):
+            raise aim_jax.InputError(
+                f"--out {out}: must end in .json, in a folder that is there"
+            )
         cfg = config.load(flag.config, flag.set)
         cfg = with_weights(cfg, pathlib.Path(scratch))
         small = Shape(flag.rows, flag.length or cfg.data.buckets[0], flag.target)
@@ -865,11 +867,15 @@ def main(argv: list[str]) -> None:
         )
         result = {"command": shlex.join(sys.orig_argv[1:]), **result}
         text = json.dumps(result, indent=1)
-        if out:
+        if not out:
+            print(text)
+            return
+        try:
             out.write_text(text + "\n")
             out.with_suffix(".md").write_text(markdown(result))
-        else:
-            print(text)
+        except OSError as error:
+            print(text)  # It took minutes.
+            raise aim_jax.InputError(f"--out {out}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

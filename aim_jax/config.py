@@ -87,7 +87,7 @@ class Train:
     micro_batch_size: int | None = None  # None: the whole batch at once
     learning_rate: float = 3e-4
     warmup_steps: int = 50
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # inf: gradients stay as they are
     weight_decay: float = 0.0
     average: str | None = None  # `micro_batch`: mean of means; `token`: one mean
     eval_every: int = 40
@@ -256,7 +256,6 @@ BOUNDS = {
             "train.epochs",
             "train.learning_rate",
             "train.warmup_steps",
-            "train.clip_norm",
             "train.weight_decay",
             "train.validation_rows",
             "method.rehearsal",
@@ -288,6 +287,7 @@ BOUNDS = {
     ),
     "memory.top_p": (1e-6, 1),
     "lora.alpha": (1e-6, math.inf),
+    "train.clip_norm": (1e-6, math.inf),  # 0 would train nothing, inf clips nothing
     "eval.max_length": (2, math.inf),  # one of them begins the answer of T5
     **dict.fromkeys(("train.seed", "data.seed"), (0, 2**32 - 1)),
     "memory.percent": (0, 100),
@@ -407,7 +407,10 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Config:
-    """The config that `to_json` gave `data` for. Raises InputError for other fields."""
+    """The config that `to_json` gave `data` for.
+
+    Raises InputError for fields or values that another version may have written.
+    """
     parts = {}
     try:
         for field in dataclasses.fields(Config):
@@ -419,11 +422,12 @@ def from_json(data: dict[str, Any]) -> Config:
             if field.name == "method":
                 kind = methods.module(values["name"]).Options
             parts[field.name] = kind(**values)
-    except (AttributeError, KeyError, TypeError) as error:
+        return resolve(Config(**parts))
+    except (AttributeError, KeyError, TypeError, aim_jax.InputError) as error:
         raise aim_jax.InputError(
-            f"config.json: not of this version of aim_jax ({error}); use another --workdir"
+            f"config.json: not of this version of aim_jax ({error}); use that version,"
+            " or another --workdir"
         ) from error
-    return Config(**parts)
 
 
 def sha256(config: Config) -> str:

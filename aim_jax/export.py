@@ -110,7 +110,7 @@ def command(
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
         try:
-            make(pathlib.Path(values.out))
+            make(pathlib.Path(values.out).expanduser())
         except OSError as error:
             raise aim_jax.InputError(f"--out {values.out}: {error}") from error
     print(values.out)
@@ -121,7 +121,8 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
 
     def make(out: pathlib.Path) -> None:
-        write(pathlib.Path(values.workdir), values.format, out, values.task)
+        workdir = pathlib.Path(values.workdir).expanduser()
+        write(workdir, values.format, out, values.task)
 
     command(argv, ("workdir", "format"), make)
 

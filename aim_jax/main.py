@@ -34,8 +34,9 @@ def main(argv: list[str]) -> None:
     """Load the config or sweep, run what it asks for, print a table of the results."""
     # transformers tells that torch is missing; only its tokenizers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    later = "stopped; the same command goes on from the last checkpoint"
     try:
-        with aim_jax.command(argv, leave):
+        with aim_jax.command(argv, leave, later):
             configs = config.sweep(_CONFIG.value or "", _SET.value)
             if not _WORKDIR.value:
                 raise aim_jax.InputError("--workdir: name the folder of the run")
@@ -52,12 +53,6 @@ def main(argv: list[str]) -> None:
     except preemption.Preempted:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130 if preemption.by_user() else _PREEMPTED.value)
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        leave(130)
     except Exception:
         if not jax.distributed.is_initialized():
             raise

@@ -115,9 +115,12 @@ class Run:
 def find(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     """The run folders among `folders` and up to DEPTH below them, each once.
 
+    A copy, which has the same config and results to the millisecond, is the same run:
+    counted twice, one seed would be two.
+
     Raises InputError for a folder that is missing or leads to no run, and for no folder.
     """
-    found: dict[pathlib.Path, pathlib.Path] = {}
+    found: dict[Any, pathlib.Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise aim_jax.InputError(f"{folder}: no such folder; give that of a run")
@@ -128,7 +131,10 @@ def find(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
                 " results.json or metrics.jsonl"
             )
         for run in runs:
-            found.setdefault(run.resolve(), run)
+            files = (run / "config.json", run / "results.json")
+            copied = all(file.is_file() for file in files)
+            same = tuple(f.read_bytes() for f in files) if copied else run.resolve()
+            found.setdefault(same, run)
     if not found:
         raise aim_jax.InputError("no folder given; give one or more of runs")
     return list(found.values())

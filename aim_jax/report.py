@@ -421,7 +421,8 @@ def _replace(files: dict[pathlib.Path, str]) -> None:
 
 
 def _fresh(file: pathlib.Path) -> pathlib.Path:
-    return file.with_name(f".{file.name}.new")
+    # Of this process alone: sweeps side by side write the same page.
+    return file.with_name(f".{file.name}.{os.getpid()}.new")
 
 
 def _begins(file: pathlib.Path, mark: str) -> bool:
@@ -435,7 +436,7 @@ def main(argv: Sequence[str]) -> None:
             raise aim_jax.InputError(
                 "--out FILE.html is missing: where to write the page"
             )
-        out = pathlib.Path(flags.FLAGS.out)
+        out = pathlib.Path(flags.FLAGS.out).expanduser()
         for suffix, mark in ((".md", "# Runs"), (".json", '{\n "summary"')):
             twin = out.with_suffix(suffix)
             if out.suffix == ".html" and twin.is_file() and not _begins(twin, mark):
@@ -443,7 +444,8 @@ def main(argv: Sequence[str]) -> None:
                     f"--out {out}: {twin} is there and would be replaced; choose another"
                     " name or move it away"
                 )
-        write([pathlib.Path(a) for a in argv[1:]], out, flags.FLAGS.scoring)
+        folders = [pathlib.Path(a).expanduser() for a in argv[1:]]
+        write(folders, out, flags.FLAGS.scoring)
     print(
         f"{out} (tables also in {out.with_suffix('.md')}, {out.with_suffix('.json')})"
     )

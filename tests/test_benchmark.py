@@ -327,6 +327,23 @@ def test_bad_input_is_one_line():
     assert done.stderr.count("\n") == 1
 
 
+def test_what_was_measured_is_not_lost(tmp_path):
+    """Markdown has the name of the JSON, and a folder may be no place to write it."""
+
+    def call(out):
+        command = [sys.executable, "-m", "aim_jax.benchmark", "--measure=fusion"]
+        command += ["--rounds=1", "--steps=1", "--length=8", "--rows=1", f"--out={out}"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for out in (tmp_path / "a.md", tmp_path / "none" / "a.json"):
+        done = call(out)
+        assert done.returncode == 2 and "must end in .json, in" in done.stderr
+    (tmp_path / "a.json").mkdir()
+    done = call(tmp_path / "a.json")
+    assert done.returncode == 2 and done.stderr.endswith("a.json: Is a directory\n")
+    assert json.loads(done.stdout)["measures"]["fusion"]
+
+
 def test_a_decoders_row_holds_its_answer():
     cfg = of_family("qwen3")
     with pytest.raises(aim_jax.InputError, match="--length 4: a decoder's row has"):

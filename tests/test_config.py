@@ -251,6 +251,7 @@ def test_the_preset_is_read_after_the_overrides():
         ),
         ("train.seed", -1, "-1 must be at least 0 and at most 4294967295"),
         ("eval.max_length", 1, "eval.max_length: 1 must be at least 2"),
+        ("train.clip_norm", 0.0, "train.clip_norm: 0.0 must be at least 1e-06"),
         ("memory.top_p", 0.0, "0.0 must be at least 1e-06 and at most 1"),
         ("train.average", "mean", "no 'mean'; there are micro_batch, token"),
         ("train.select", "first", "train.select: no 'first'; there are best, last"),
@@ -307,6 +308,8 @@ def test_json_round_trip(method, preset):
         ({}, "('model')"),
         (config.to_json(DEFAULT) | {"train": {"epoch": 1}}, "argument 'epoch'"),
         (config.to_json(DEFAULT) | {"method": {"name": "gone"}}, "no method 'gone'"),
+        (config.to_json(DEFAULT) | {"model": {"remat": False}}, "remat: False must be"),
+        (config.to_json(DEFAULT) | {"model": {"remat": "all"}}, "remat: no 'all'"),
     ],
 )
 def test_json_of_something_else(data, message):

@@ -125,6 +125,16 @@ def test_more_than_a_hundred_tasks(tmp_path):
         export.adapter(tmp_path, "one")
 
 
+def test_a_tilde_is_the_home_folder(workdir, tmp_path, monkeypatch):
+    """As for --workdir of the main job: no shell replaces it behind `--flag=`."""
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    command = [sys.executable, "-m", "aim_jax.export", "--format", "peft"]
+    command += [f"--workdir=~/{workdir.name}", f"--out=~/{tmp_path.name}-out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (workdir.parent / f"{tmp_path.name}-out/adapter_config.json").is_file()
+
+
 def test_command(workdir, tmp_path):
     """The command itself: its files, its exit codes, its one line of an error."""
 

@@ -195,6 +195,10 @@ def test_command(tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(aim_jax.InputError, match="adapter_config.json: No such file"):
         fuse.fuse([tmp_path / "a"], fusion.Rule("linear"), tmp_path / "out")
+    (tmp_path / "run/adapters").mkdir(parents=True)
+    run = write(tmp_path / "run/adapters/00-a", 0).parents[1]
+    with pytest.raises(aim_jax.InputError, match="such as .*run/adapters/00-a$"):
+        fuse.fuse([run], fusion.Rule("linear"), tmp_path / "out")
     with pytest.raises(aim_jax.InputError, match="no adapters"):
         fuse.fuse([], fusion.Rule("linear"), tmp_path / "out")
 

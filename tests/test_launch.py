@@ -557,6 +557,13 @@ def test_an_interrupt_ends_cleanly(call, capsys, monkeypatch):
         call()
 
 
+def test_an_interrupt_of_another_command_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, aim_jax.command(["aim_jax.report"]):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
 def test_what_was_printed_before_a_failure_is_not_lost():
     code = """
 from aim_jax import main

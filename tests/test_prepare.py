@@ -183,8 +183,14 @@ def test_wrong_names_list_the_right_ones(tmp_path):
     ],
 )
 def test_settings_read_a_benchmark_as_one(names, expected):
-    text = prepare.settings(names, pathlib.Path("D"))
+    kinds = {name: prepare.KNOWN.get(name, "exact") for name in names}
+    text = prepare.settings(kinds, pathlib.Path("D"))
     assert text == f"--set data.root=D --set {expected}"
+
+
+def test_settings_keep_the_metric_of_a_task_that_is_named_as_a_known_one():
+    text = prepare.settings({"cb": "rouge_l"}, pathlib.Path("D"))
+    assert text == "--set data.root=D --set data.benchmark=custom --set data.tasks=cb"
 
 
 def command(*arguments):
@@ -196,6 +202,14 @@ def command(*arguments):
         text=True,
         timeout=60,
     )
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "source", LEAKY)
+    done = command("--layout=release", "--source=~/source", "--out=~/out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/tasks.json").is_file()
 
 
 def test_the_command_prints_a_table_or_one_line(tmp_path):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -644,6 +645,29 @@ def test_a_run_given_twice_counts_once(runs):
     assert [p.name for p in found] == ["aim-1", "aim-2", "sequential-1", "sequential-2"]
 
 
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
+    run = make_run(tmp_path / "run")
+    shutil.copytree(run, tmp_path / "a copy")
+    other = make_run(tmp_path / "other", seed=2)
+    assert records.find([tmp_path]) == [tmp_path / "a copy", other]
+
+
+def test_two_processes_write_the_same_page(tmp_path, runs, monkeypatch):
+    page, replace, mine = tmp_path / "new/out.html", os.replace, os.getpid()
+
+    def after_another(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: mine + 1)
+        report.write([runs], page)
+        monkeypatch.setattr(os, "getpid", lambda: mine)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_another)
+    report.write([runs], page)
+    names = sorted(path.name for path in page.parent.iterdir())
+    assert names == ["out.html", "out.json", "out.md"]
+
+
 @pytest.mark.parametrize("name", ["report", "report.json", "."])
 def test_out_must_be_a_page(tmp_path, name):
     with pytest.raises(aim_jax.InputError, match="ends in .html"):
@@ -700,6 +724,14 @@ def test_command_line(tmp_path, runs):
     done = call(runs / "aim-1", "--out", out, runs / "sequential-1")
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in page(out).tables[0][1:]] == ["aim", "sequential"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(runs / "aim-1", tmp_path / "run")
+    done = call("~/run", "--out=~/out.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.html").is_file()
 
 
 def test_notes_of_ones_own_are_not_replaced(tmp_path, runs):

@@ -235,6 +235,32 @@ def test_a_later_row_is_named_even_beyond_the_limit(tmp_path):
     fails("train/a.json: row 4 .*no field 'output'", custom, tmp_path, limit_train=1)
 
 
+def test_an_instruction_apart_comes_before_the_input(tmp_path):
+    folder(tmp_path, ("a",))
+    write(
+        tmp_path / "train/a.json",
+        [{"instruction": "Do: ", "input": "", "output": "x"}],
+    )
+    (task,) = custom(tmp_path)
+    assert task.train == [{"id": "a_0", "input": "Do: ", "output": "x"}]
+    write(
+        tmp_path / "train/a.json",
+        [{"instruction": None, "input": "i", "output": "x"}],
+    )
+    fails("row 0 .*'instruction' must be a string, not null", custom, tmp_path)
+
+
+def test_a_task_that_is_there_twice_is_named(tmp_path):
+    folder(folder(tmp_path, ("a",)), ("a",), "_T5.json")
+    fails("train: task 'a' is there twice, as a.json and a_T5.json", custom, tmp_path)
+
+
+def test_a_folder_of_other_files_is_told_what_makes_them_readable(tmp_path):
+    for split in tasks.SPLITS:
+        write(tmp_path / split / "a.jsonl", b'{"input": "i", "output": "o"}')
+    fails("no TASK.json.*they hold a.jsonl; .*prepare --layout hub", custom, tmp_path)
+
+
 @pytest.mark.parametrize(
     "data", [b"[]", gzip.compress(b"[]" * 99, mtime=0)[:-9], b"\x1f\x8b\x08"]
 )

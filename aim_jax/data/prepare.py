@@ -15,7 +15,7 @@ import os
 import pathlib
 import shlex
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -190,19 +190,18 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*text, *notes])
 
 
-def settings(names: Iterable[str], out: pathlib.Path) -> str:
-    """The `--set` flags that read the tasks of `out`."""
-    names = list(names)
+def settings(kinds: Mapping[str, str], out: pathlib.Path) -> str:
+    """The `--set` flags that read the tasks of `out`; kinds: the metric of each."""
     for benchmark in ("long_sequence", "superni"):
         known = tasks.BENCHMARKS[benchmark].metrics
         # A benchmark knows more than tasks.json says: remaps, and rows without a label.
-        if set(names) <= known.keys():
+        if kinds.items() <= known.items():
             break
     else:
         benchmark, known = "custom", {}
     chosen = [f"data.root={out}", f"data.benchmark={benchmark}"]
-    if set(names) != known.keys():
-        chosen.append(f"data.tasks={','.join(names)}")
+    if kinds.keys() != known.keys():
+        chosen.append(f"data.tasks={','.join(kinds)}")
     return shlex.join(word for text in chosen for word in ("--set", text))
 
 
@@ -237,18 +236,19 @@ def main(argv: Sequence[str]) -> None:
         for name in ("layout", "source", "out"):
             if not values[name].value:
                 raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
-        out, prompts = pathlib.Path(values.out), values.instructions
+        out, prompts = pathlib.Path(values.out).expanduser(), values.instructions
         options = sources.Options(
-            source=pathlib.Path(values.source),
+            source=pathlib.Path(values.source).expanduser(),
             counts={s: values[s].value for s in tasks.SPLITS},
             seed=values.seed,
-            instructions=pathlib.Path(prompts) if prompts else None,
+            instructions=pathlib.Path(prompts).expanduser() if prompts else None,
         )
         report = prepare(
             values.layout, options, out, values.tasks, values.drop, values.metric
         )
     print(table(report))
-    print(f"{out}: details in report.json; read it by {settings(report['tasks'], out)}")
+    kinds = {name: entry["metric"] for name, entry in report["tasks"].items()}
+    print(f"{out}: details in report.json; read it by {settings(kinds, out)}")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,7 @@ def release(options: Options) -> Readers:
     def read(name: str) -> Found:
         splits = {}
         for split in tasks.SPLITS:
-            places = [source / split / f"{name}{s}" for s in tasks.SUFFIXES]
-            path = next((p for p in places if p.is_file()), places[0])
+            path = tasks.file(source, split, name)
             rows = _array(path)[: options.counts.get(split)]
             splits[split] = [
                 _row(
@@ -284,6 +283,9 @@ def _load(where: str, spec: Mapping[str, Any], split: str) -> Any:
     import datasets
 
     arguments = {k: spec[k] for k in _LOAD if k in spec}
+    if spec["path"] == "csv":
+        # Else None, NA or null are no labels, and a gap makes 1.0 of every 1.
+        arguments["keep_default_na"] = False
     try:
         return datasets.load_dataset(spec["path"], split=split, **arguments)
     except Exception as error:  # It raises whatever the reader of the format raises.
@@ -312,13 +314,15 @@ def _fill(
         for field in path:
             among(field, value or (), f"{where}: '{match[0]}'", "field")
             value = _one(value[field])
-        if value is None or value == [] or value != value:
+        if value in (None, "", []) or value != value:
             return ""
         if column not in named or value in named[column]:
             return str(value)
         names = named[column]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # what numbers become beside one that is missing
+        if re.fullmatch(r"-?\d+(\.0)?", str(value)):
+            value = int(
+                float(value)
+            )  # numbers beside one that is missing: text, floats
         if isinstance(value, int) and 0 <= value < len(names):
             return names[value]
         often = " (-1 often marks a split without labels)" if value == -1 else ""

@@ -1,8 +1,9 @@
 """Tasks and their benchmarks: names, orders, metrics; folders of JSON rows in.
 
 A benchmark folder holds `{train,dev,test}/TASK.json`, each an array of rows
-`{"id", "input", "output"}`. The folders of the PyTorch release, where files are called
-`TASK_T5.json`, are read as they are, and so is either name with `.gz`.
+`{"id", "input", "output"}`; an `instruction` beside them is put before the input. The
+folders of the PyTorch release, where files are called `TASK_T5.json`, are read as they
+are, and so is either name with `.gz`.
 """
 
 import gzip
@@ -132,7 +133,7 @@ def load(cfg: config.Data) -> list[Task]:
         names = _stream(cfg, benchmark.orders, kinds)
         splits = {
             n: {
-                s: _rows(_file(folder, s, n), n, (cfg.benchmark, n, s) in _UNLABELLED)
+                s: _rows(file(folder, s, n), n, (cfg.benchmark, n, s) in _UNLABELLED)
                 for s in SPLITS
             }
             for n in names
@@ -173,7 +174,7 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
                     f"eval.before_after: task '{task}' of '{name}' is also in another"
                     " folder; rename one of them"
                 )
-            rows = _rows(_file(folder, "test", task), task, unlabelled=False)
+            rows = _rows(file(folder, "test", task), task, unlabelled=False)
             found[task] = Task(task, kinds[task], [], [], rows[:limit])
     return list(found.values())
 
@@ -344,6 +345,13 @@ def _folder(cfg: config.Data, benchmark: Benchmark) -> pathlib.Path:
 def _custom(folder: pathlib.Path) -> dict[str, str]:
     """The metric of every task in a folder of the user's own."""
     found = sorted({n for s in SPLITS for n in _found(folder / s)})
+    if not found:
+        inside = sorted({p.name for s in SPLITS for p in (folder / s).glob("*")})
+        raise aim_jax.InputError(
+            f"data.root: no TASK.json in the splits of '{folder}'; they hold"
+            f" {listed(inside)}; python -m aim_jax.data.prepare --layout hub makes such of"
+            " CSV, JSON Lines and other files"
+        )
     return dict.fromkeys(found, "exact") | _chosen(folder, found)
 
 
@@ -376,16 +384,22 @@ def _found(folder: pathlib.Path) -> list[str]:
     return sorted({match[1] for match in matches if match})
 
 
-def _file(folder: pathlib.Path, split: str, name: str) -> pathlib.Path:
+def file(folder: pathlib.Path, split: str, name: str) -> pathlib.Path:
     """The file of a task's split."""
     where = folder / split
     if not where.is_dir():
         raise aim_jax.InputError(
             f"{folder}: no folder '{split}'; a benchmark has {listed(SPLITS)}"
         )
-    for suffix in SUFFIXES:
-        if (where / f"{name}{suffix}").is_file():
-            return where / f"{name}{suffix}"
+    paths = (where / f"{name}{suffix}" for suffix in SUFFIXES)
+    files = [path for path in paths if path.is_file()]
+    if len(files) > 1:
+        raise aim_jax.InputError(
+            f"{where}: task '{name}' is there twice, as"
+            f" {' and '.join(path.name for path in files)}; move one away"
+        )
+    if files:
+        return files[0]
     raise aim_jax.InputError(
         f"{where}: no {name}.json or {name}_T5.json (.gz); tasks there:"
         f" {listed(_found(where))}"
@@ -453,11 +467,15 @@ def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
                 f"{where}: no field '{field}'; it has {listed(row)}"
             )
     checked = {f: row.get(f, name) for f in ("id", "input", "output")}
-    for field, text in checked.items():
+    apart = row.get("instruction", "")
+    for field, text in (*checked.items(), ("instruction", apart)):
         if not isinstance(text, str):
             raise aim_jax.InputError(
                 f"{where}: '{field}' must be a string, not {_kind(text)}"
             )
+    # Where the instruction stands apart, a prompt is both together.
+    checked["input"] = apart + checked["input"]
+    for field, text in checked.items():
         if not text.strip() and not (field == "output" and unlabelled):
             raise aim_jax.InputError(
                 f"{where}: '{field}' is empty; fill it in or remove the row"

@@ -358,8 +358,8 @@ def read_adapter(
     as in the file, up to `.lora_`. file: another file of such tensors. Values are float32.
     Raises InputError as `load_adapter` does.
     """
-    settings = records.read_json(folder / "adapter_config.json")
     cfg = _adapter_config(folder / "adapter_config.json", PEFT_CHOICE)
+    settings = records.read_json(folder / "adapter_config.json")
     where = folder / file
     modules: dict[str, Any] = {}
     for name in _tensors(where):
@@ -451,6 +451,12 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
 
     known: fields beside them that the caller can do with.
     """
+    if not file.is_file():
+        inside = [*records.numbered(file.parent / "adapters").values()]  # of a run
+        such = f", such as {inside[-1]}" if inside else ""
+        raise aim_jax.InputError(
+            f"{file}: No such file; give the folder of a PEFT adapter{such}"
+        )
     data = records.read_json(file)
     if data.get("peft_type") != "LORA":
         raise aim_jax.InputError(
