@@ -303,9 +303,10 @@ def test_tpus_that_need_not_be_there(tensor):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    plain, fused = train("xla"), train("flash")
-    assert fused["needed_flops"] >= plain["needed_flops"]
-    assert fused["moved_bytes"] < 0.9 * plain["moved_bytes"]
+    fused = train("flash")
+    assert fused["fits"]
+    if tensor == 1:  # else each chip computes all heads
+        assert fused["moved_bytes"] < 0.9 * train("xla")["moved_bytes"]
 
 
 def test_every_shape_of_the_table_is_a_model():

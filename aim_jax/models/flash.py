@@ -41,7 +41,7 @@ class Compiler(NamedTuple):
 
 def _block_of_vmem(n: int, other: int) -> int:
     """All, or else some 128s, of which XLA's tiles are made; a strip of 2 MiB at most."""
-    sizes = [n] if n <= 640 else [512, 384, 256, 128]
+    sizes = [n, 512, 384, 256, 128] if n <= 640 else [512, 384, 256, 128]
     fitting = [x for x in sizes if n % x == n % 64 == 0 and x * other <= 2**19]
     return max(fitting, default=0)
 
