@@ -32,7 +32,8 @@ class Model:
     # What backward computes anew: nothing (`none`), whole layers (`full`), or what lies
     # between products and attention (`dots`).
     remat: str = "dots"
-    # Or in one call on an NVIDIA GPU: `flash`, ours, or `cudnn`, for decoders.
+    # Or in one call: `flash`, ours, on NVIDIA GPUs and TPUs, or `cudnn`, for decoders on
+    # NVIDIA GPUs.
     attention: str = "xla"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import parity
 import pytest
 from fixtures import make_models
+from jax.experimental.pallas import tpu
 
 import aim_jax
 from aim_jax import config, lora, methods, models, steps
@@ -266,15 +267,22 @@ def test_gradients_of_attention(bias_shape, rate):
 @pytest.mark.parametrize(
     ("kv_heads", "biases"),
     [
-        (4, [(1, 4, 64, 192), (2, 1, 1, 192)]),  # T5's encoder
-        (4, [(2, 1, 1, 192)]),
-        (2, [(2, 1, 64, 192)]),  # a decoder with grouped queries
+        (4, [(1, 4, 64, None), (2, 1, 1, None)]),  # T5's encoder
+        (4, [(2, 1, 1, None)]),
+        (2, [(2, 1, None, 64)]),  # a decoder with grouped queries
     ],
 )
-def test_attention_in_tiles(kv_heads, biases, rate):
-    """Output, gradients and dropped places are those of the formula."""
+@pytest.mark.parametrize(
+    ("compiler", "many", "interpret"),
+    [(flash.TRITON, 192, True), (flash.MOSAIC, 768, tpu.InterpretParams())],
+)
+def test_attention_in_tiles(compiler, many, interpret, kv_heads, biases, rate):
+    """Output, gradients and dropped places are those of the formula, in several tiles."""
     rng = np.random.default_rng(0)
-    shapes = [(2, 4, 64, 16), *[(2, kv_heads, 192, 16)] * 2, *biases]
+    t, s = (64, many) if biases[-1][3] is None else (many, 64)
+    assert compiler.fits(t, s, 16) and compiler.block(many, 64) < many
+    biases = [[many if n is None else n for n in shape] for shape in biases]
+    shapes = [(2, 4, t, 16), *[(2, kv_heads, s, 16)] * 2, *biases]
     q, k, v, *biases = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     hidden = rng.random(biases[-1].shape) < 0.3
     biases[-1] = layers.mask_bias(jnp.asarray(~hidden))
@@ -283,7 +291,8 @@ def test_attention_in_tiles(kv_heads, biases, rate):
 
     def tiles(*qkv):
         kept = functools.partial(layers.kept, rate)
-        return flash.attend(*qkv, biases, words if rate else None, rate, kept, True)
+        dropout = words if rate else None, rate, kept
+        return flash.attend(*qkv, biases, *dropout, compiler, interpret)
 
     def formula(*qkv):
         return layers.attend(*qkv, biases, rate, key)

@@ -56,8 +56,11 @@ def trained(name, changes, count):
     ))
     devices = parallel.open_devices(cfg.parallel, devices=jax.devices()[:count])
     base = hf.load(cfg.model, devices)
-    if attention == "flash":  # interpreted, since the devices are no GPUs
-        flash.BLOCK, flash.WIDTHS = 8, range(1, 99)
+    if attention in flash.COMPILERS:  # interpreted, since the devices are neither
+        small = flash.COMPILERS[attention]._replace(
+            widths=range(99), block=lambda n, _: 8 * (n % 8 == 0)
+        )
+        flash.COMPILERS[attention] = small
         flash.attend = functools.partial(flash.attend, interpret=True)
         built = dataclasses.replace(base.model.config, attention=attention)
         base = base._replace(model=type(base.model)(built))
@@ -156,13 +159,58 @@ def test_eight_devices_agree_with_one(name, what):
 
 def test_dropout_is_the_same_by_jit_and_by_pmap():
     """And where each device computes its own rows' attention in tiles."""
-    ways = [{"mode": "jit"}, {"mode": "pmap"}, {"mode": "jit", "attention": "flash"}]
+    ways = [{"mode": "jit"}, {"mode": "pmap"}, {"mode": "jit", "attention": "triton"}]
     jit, *others = results(
         [("t5", {**way, "dropout": 0.1}, 2) for way in ways], "train"
     )
     # Sums run in another order; a mask that differs moves a loss by a thousandth.
     for made in others:
         assert made["values"] == pytest.approx(jit["values"], rel=1e-6)
+
+
+TILES = """
+import functools, itertools, json
+import jax, jax.numpy as jnp
+from aim_jax import config, parallel
+from aim_jax.models import flash, layers
+
+flash.attend = functools.partial(flash.attend, interpret=True)
+key = jax.random.fold_in(jax.random.key(0, impl=layers.HASH), 1)
+found = []
+for kernel, tensor, rows in itertools.product(flash.COMPILERS, (1, 2), (3, 4)):
+    cfg = config.Parallel(mode="jit", tensor=tensor)
+    devices = parallel.open_devices(cfg)
+    qkv = jax.random.normal(jax.random.key(1), (3, rows, 2, 64, 16))
+    qkv, own = jax.device_put((qkv, key), devices.replicated)
+
+    def of(kernel):
+        def f(qkv, key):
+            bias = jnp.zeros((rows, 1, 1, 64))
+            return layers.attend(*qkv, [bias], 0.3, key, kernel)
+        return jax.jit(parallel.within(f, devices))(qkv, own)
+
+    text = str(jax.make_jaxpr(parallel.within(
+        lambda qkv: layers.attend(*qkv, [jnp.zeros((1, 1, 1, 64))], 0.0, None, kernel),
+        devices,
+    ))(qkv))
+    assert "shard_map" in text  # which Mosaic asks for where there are several devices
+    found.append(float(abs(of(kernel) - of("xla")).max()))
+print(json.dumps(found))
+"""
+
+
+def test_attention_in_tiles_on_any_mesh():
+    """Rows are split or not, by whether there are axes and devices that divide them."""
+    flags = "--xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", TILES],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 8 and max(found) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("t5", marks=pytest.mark.slow)])

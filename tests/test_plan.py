@@ -280,6 +280,35 @@ def test_gpus_that_need_not_be_there():
     assert eight["collective_bytes"] > plain["collective_bytes"] == 0
 
 
+@pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"),
+    reason="the TPU compiler is not installed (pip install 'jax[tpu]')",
+)
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_tpus_that_need_not_be_there(tensor):
+    """Attention in tiles, of which no score is counted, compiles by Mosaic."""
+
+    def train(attention):
+        done = command(
+            "--config=configs/t5_large.py",
+            "--set=model.path=configs/shapes/t5_small",
+            "--set=model.dtype=bfloat16",
+            f"--set=model.attention={attention}",
+            f"--set=parallel.tensor={tensor}",
+            "--topology=v5e:2x2",
+            "--length=288",  # 256 and an answer
+            "--program=train",
+            "--json",
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    fused = train("flash")
+    assert fused["fits"]
+    if tensor == 1:  # else each chip computes all heads
+        assert fused["moved_bytes"] < 0.9 * train("xla")["moved_bytes"]
+
+
 def test_every_shape_of_the_table_is_a_model():
     folders = [p.parent for p in ROOT.glob("configs/shapes/*/config.json")]
     assert folders

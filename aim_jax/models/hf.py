@@ -157,13 +157,16 @@ def build(
     if cfg.dropout is not None:
         changes["dropout"] = cfg.dropout
     made = dataclasses.replace(model_config, **changes)
-    gpu = not devices or devices.mesh.devices.flat[0].platform in ("gpu", "cuda")
+    platform = devices.mesh.devices.flat[0].platform if devices else "gpu"
+    gpu = platform in ("gpu", "cuda")
     if cfg.attention == "flash":
-        if not gpu or made.head_width not in flash.WIDTHS:
+        name = "triton" if gpu else {"tpu": "mosaic"}.get(platform)
+        if not name or made.head_width not in flash.COMPILERS[name].widths:
             raise aim_jax.InputError(
-                "model.attention: flash is for NVIDIA GPUs, with heads of"
-                f" {', '.join(map(str, flash.WIDTHS))} features; use xla"
+                "model.attention: flash is for NVIDIA GPUs, with heads of 16, 32, 64 or"
+                " 128 features, and for TPUs, with heads of 8, 16, ... 256; use xla"
             )
+        made = dataclasses.replace(made, attention=name)
     if cfg.attention == "cudnn":
         fits = family.KIND == "decoder" and made.dropout == 0
         fits = fits and made.head_width in range(8, 129, 8)

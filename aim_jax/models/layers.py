@@ -331,14 +331,16 @@ def attend(
     queries of a group lie one after another as if they were more positions; then their sum
     is (b, 1, t, s).
 
-    kernel: `flash` and `cudnn` are one call for prompts. That of cudnn has no dropout, a
-    bias of 0 or MASKED alone, and as many keys as queries are taken to hide those after each.
+    kernel: one of `flash.COMPILERS` and `cudnn` are one call for prompts. That of cudnn has
+    no dropout, a bias of 0 or MASKED alone, and as many keys as queries are taken to hide
+    those after each.
     """
     b, h, t, d = q_bhtd.shape
     k, s = k_bksd.shape[1:3]
     q_bhtd, k_bksd, v_bksd = checkpoint_name((q_bhtd, k_bksd, v_bksd), "product")
-    if kernel == "flash" and flash.fits(t, s, d):
-        return _in_tiles(q_bhtd, k_bksd, v_bksd, biases, rate, key)
+    compiler = flash.COMPILERS.get(kernel)
+    if compiler and compiler.fits(t, s, d):
+        return _in_tiles(q_bhtd, k_bksd, v_bksd, biases, rate, key, compiler)
     bias = sum(biases[1:], biases[0])
     if kernel == "cudnn" and t > 1:
         out = jax.nn.dot_product_attention(
@@ -362,22 +364,24 @@ def _in_tiles(
     biases: Sequence[jax.Array],
     rate: float,
     key: jax.Array | None,
+    compiler: flash.Compiler,
 ) -> jax.Array:
-    """`flash.attend`, where a mesh splits the rows by each device for its own."""
-    apart = _row_parts(q_bhtd) > 1
+    """`flash.attend`, on a mesh by each device for its own rows, or for all."""
+    parts = _row_parts(q_bhtd)
 
     def own(q, k, v, biases, words):
-        if apart and words is not None:
+        if parts > 1 and words is not None:
             before = jax.lax.axis_index("data") * len(q)
             words = words.at[2].add(before.astype(jnp.uint32))
         keep = functools.partial(kept, rate)
-        return flash.attend(q, k, v, biases, words, rate, keep)
+        return flash.attend(q, k, v, biases, words, rate, keep, compiler)
 
     words = None if key is None else jax.random.key_data(key)
     arrays = q_bhtd, k_bksd, v_bksd, list(biases), words
-    if not apart:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes or mesh.size == 1:
         return own(*arrays)
-    rows = P("data")
+    rows = P("data") if parts else P()
     of_biases = [P() if len(bias) == 1 else rows for bias in biases]
     split = jax.shard_map(
         own,
