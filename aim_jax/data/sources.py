@@ -320,9 +320,8 @@ def _fill(
             return str(value)
         names = named[column]
         if re.fullmatch(r"-?\d+(\.0)?", str(value)):
-            value = int(
-                float(value)
-            )  # numbers beside one that is missing: text, floats
+            # Beside one that is missing, numbers become text or floats.
+            value = int(float(value))
         if isinstance(value, int) and 0 <= value < len(names):
             return names[value]
         often = " (-1 often marks a split without labels)" if value == -1 else ""
