@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_jax import config, early, lora, parallel, preemption
+from aim_jax import config, lora, parallel, preemption
 from aim_jax.data import batches
 
 Tree = Any
@@ -44,14 +44,13 @@ class Decoder(NamedTuple):
     fill(base, delta, pool, batch, places, key) -> pool with the rows of a batch in it
     run(base, delta, pool, least) -> pool of which `least` places a device are done
 
-    places: of each row on the device that has the row; of none for an empty row. The last
-    two are compiled for each length of prompts, or of the longest so far.
+    places: of each row on the device that has the row; of none for an empty row.
     """
 
     empty: Callable
     widen: Callable
-    fill: early.Program
-    run: early.Program
+    fill: Callable
+    run: Callable
 
 
 def greedy(
@@ -186,7 +185,6 @@ def _decoder(
     def widen(pool: Pool, extra: int) -> Pool:
         return placed(wider(pool, extra))
 
-    @early.Program
     @functools.partial(jax.jit, donate_argnums=2)
     def fill(
         base: Tree, delta: Tree, pool: Pool, batch: Tree, places: jax.Array, key: Any
@@ -214,7 +212,6 @@ def _decoder(
 
         return placed(jax.tree.map(put, pool, new))
 
-    @early.Program
     @functools.partial(jax.jit, donate_argnums=2)
     def run(base: Tree, delta: Tree, pool: Pool, least: jax.Array) -> Pool:
         def going(pool: Pool) -> jax.Array:
@@ -283,15 +280,11 @@ def generate(
                 )
                 width = batches.bucket(batch["inputs"].shape[1], buckets)
                 batch = lane.put({**batch, "number": numbers.ravel()})
-                where = lane.put(free.ravel())
                 if pool is None:
                     pool = decoder.empty(*own, batch, key, held.size)
-                    if early.working() and len(lanes) == 1:
-                        later = [examples[i] for i in queue]
-                        foresee(decoder, own, pool, batch, where, key, text, later)
                 if width > pool.cache["mask"].shape[1]:
                     pool = decoder.widen(pool, width - pool.cache["mask"].shape[1])
-                pool = decoder.fill(*own, pool, batch, where, key)
+                pool = decoder.fill(*own, pool, batch, lane.put(free.ravel()), key)
             pool = decoder.run(*own, pool, np.int32(group if queue else places))
             yield True
             done, tokens = lane.get((pool.done, pool.tokens))
@@ -314,39 +307,6 @@ def generate(
         while working:
             working = [w for w in working if next(w, False)]
     return [out[i] for i in range(len(examples))]
-
-
-def foresee(
-    decoder: Decoder,
-    own: tuple[Tree, Tree],
-    pool: Pool,
-    batch: Tree,
-    places: jax.Array,
-    key: jax.Array | None,
-    text: batches.Text,
-    examples: Sequence[batches.Example],
-) -> None:
-    """Begin to compile what will read and decode `examples`, in this order.
-
-    batch, places: of the examples before; pool: one for them.
-    """
-    rows, first = len(batch["inputs"]), pool.cache["mask"].shape[1]
-    for start in range(0, len(examples), rows):
-        length = batches.prompt_length(text, examples[start : start + rows])
-        width = batches.bucket(length, sorted(text.data.buckets))
-        widen = functools.partial(decoder.widen, extra=width - first)
-        wide = jax.tree.map(_like, jax.eval_shape(widen, pool), pool)
-        prompts = {
-            name: _like(jax.ShapeDtypeStruct((rows, length)[: x.ndim], x.dtype), x)
-            for name, x in batch.items()
-        }
-        early.compile(decoder.fill, *own, wide, prompts, places, key)
-        early.compile(decoder.run, *own, wide, np.int32(0))
-
-
-def _like(shape: jax.ShapeDtypeStruct, x: jax.Array) -> jax.ShapeDtypeStruct:
-    """An array of that shape that lies where `x` does."""
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=x.sharding)
 
 
 def embed(

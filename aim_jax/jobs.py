@@ -12,17 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from aim_jax import (
-    config,
-    early,
-    evaluate,
-    logs,
-    lora,
-    methods,
-    metrics,
-    parallel,
-    steps,
-)
+from aim_jax import config, evaluate, logs, lora, methods, metrics, parallel, steps
 from aim_jax.data import batches, memory, tasks
 from aim_jax.models import hf
 
@@ -145,15 +135,11 @@ def compile_steps(
         alone, train = parallel.compile(pure.train, devices, batch=3, args=4), apart
     else:
         train = parallel.compile(pure.train, devices, batch=3, args=5, split=2)
-    rehearse = parallel.compile(pure.rehearse, devices, batch=3, args=5)
-    validate = parallel.compile(pure.validate, devices, batch=2, args=3)
-    if devices.mode != "exact":
-        rehearse, validate = early.Program(rehearse), early.Program(validate)
     return steps.Steps(
         train=train,
         probe=probe,
-        rehearse=rehearse,
-        validate=validate,
+        rehearse=parallel.compile(pure.rehearse, devices, batch=3, args=5),
+        validate=parallel.compile(pure.validate, devices, batch=2, args=3),
         squares=parallel.compile(pure.squares, devices, batch=3, args=4),
     )
 

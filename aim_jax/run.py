@@ -29,7 +29,6 @@ import aim_jax
 from aim_jax import (
     checkpoint,
     config,
-    early,
     evaluate,
     fusion,
     jobs,
@@ -92,7 +91,6 @@ def run(
     inputs = jobs.fingerprints(job)
     with (
         hold(job),
-        early.threads(),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
     ):
         place, facts = restore(job, job.method, inputs, checkpointer)
@@ -467,14 +465,6 @@ def train(
             measures.pop("history", None)
         return after, measures, [e.id for e in rows], work
 
-    if early.working():
-        given = job.base.params, state, memo.arrays
-        if method.memory:
-            chunk, _ = jobs.memory_batch(job, task, [(0, 0)] * CHUNK)
-            early.compile(job.steps.rehearse, *given, chunk, CHUNK)
-        if validation:
-            running = composed(method, state.delta, memo)
-            early.compile(job.steps.validate, given[0], running, validation[0])
     ahead = dispatch(state, memo, first + 1) if first < total else None
     for step in range(first + 1, total + 1):
         state, measures, ids, work = ahead
@@ -706,7 +696,8 @@ def learn_alone(
     alone = jobs.alone(job, task)
     work = collections.Counter()
     apart = dataclasses.replace(job, start=None, steps=job.plain, work=work)
-    method = methods.Method(probe=job.method.probe)  # compiled as the stream's steps
+    # With a probe, which stays empty, its steps are in the compilation cache already.
+    method = methods.Method(probe=job.method.probe)
     total = batches.total_steps(len(alone.train), job.cfg.train)
     with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
         place, facts = restore(apart, method, inputs, checkpointer)

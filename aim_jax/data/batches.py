@@ -299,16 +299,14 @@ def _fill(row: Batch, pairs: Sequence[Weighted], kind: str) -> None:
         leaf[slice(n) if kind == "encdec" else slice(-n, None)] = values[name]
 
 
-def prompt_length(text: Text, examples: Sequence[Example]) -> int:
-    """Tokens of a row of `prompts`: a bucket, or half-way between two."""
+def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
+    """Inputs to decode from, leaves (rows, length): `inputs` and `mask`.
+
+    Length: of a bucket, or half-way between two; each is compiled when it is first met.
+    """
     buckets = sorted(text.data.buckets)
     between = [(a + b) // 2 for a, b in itertools.pairwise((0, *buckets))]
-    return bucket(max(len(e.inputs) for e in examples), sorted(buckets + between))
-
-
-def prompts(text: Text, examples: Sequence[Example], rows: int) -> Batch:
-    """Inputs to decode from, leaves (rows, length): `inputs` and `mask`."""
-    length = prompt_length(text, examples)
+    length = bucket(max(len(e.inputs) for e in examples), sorted(buckets + between))
     inputs = np.zeros((rows, length), np.int32)
     mask = np.zeros((rows, length), bool)
     for r, example in enumerate(examples):
