@@ -85,13 +85,24 @@ class Section(NamedTuple):
 
 
 def group(runs: Sequence[records.Run]) -> list[Group]:
-    """`runs` in groups that differ only in seed, labelled by method and what sets it apart."""
+    """`runs` in groups that differ only in seed, labelled by method and what sets it apart.
+
+    A run with the seeds of another gets a note: as a second seed it would say too much.
+    """
     groups: dict[str, list[records.Run]] = {}
     for run in runs:
         same = [run.method, _settings(run) or [run.names, str(run.path)]]
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     labelled = []
     for members in groups.values():
+        first: dict[str, records.Run] = {}
+        for run in members:
+            twin = first.setdefault(str([run.settings.get(s) for s in SEEDS]), run)
+            if twin is not run:
+                run.notes.append(
+                    f"it has the settings and seeds of {twin.path}, so means and deviations"
+                    " count these seeds twice"
+                )
         method = members[0].method
         peers = [_settings(g[0]) for g in groups.values() if g[0].method == method]
         own = _settings(members[0])

@@ -194,8 +194,11 @@ def test_runs_that_differ_in_much_are_told_apart_by_their_folders(tmp_path):
 
 def test_twins_are_told_apart_by_their_folders(tmp_path):
     paths = [make_run(tmp_path / name / "aim") for name in "ab"]
-    names = [name for name, _ in tables.named(tables.group(map(records.load, paths)))]
+    (group,) = tables.group(map(records.load, paths))
+    names = [name for name, _ in tables.named([group])]
     assert names == [f"aim, seed 42, {path}" for path in paths]
+    assert not group.runs[0].notes
+    assert str(paths[0]) in group.runs[1].notes[0]
 
 
 def test_unfinished_run_does_not_blur_the_mean_of_its_group(tmp_path):
