@@ -16,7 +16,7 @@ from fixtures import make_models
 from jax.experimental.pallas import tpu
 
 import aim_jax
-from aim_jax import config, lora, methods, models, steps
+from aim_jax import config, lora, methods, models, parallel, steps
 from aim_jax.models import decoder, flash, hf, layers
 
 NAMES = sorted(make_models.CONFIGS)
@@ -460,6 +460,16 @@ def test_unsupported_config(name, change, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(aim_jax.InputError, match=words):
         hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+def test_attention_is_judged_by_the_devices_that_run_it(attention):
+    """A TPU has heads that a GPU has not; their bytes are counted before either is known."""
+    model = config.Model(path=str(make_models.FOLDER / "gemma3"), attention=attention)
+    assert hf.size(model) == hf.size(dataclasses.replace(model, attention="xla"))
+    devices = parallel.open_devices(config.Parallel())
+    with pytest.raises(aim_jax.InputError, match=f"attention: {attention} is for"):
+        hf.build(model, devices)
 
 
 LONG = {"original_max_position_embeddings": 8192}

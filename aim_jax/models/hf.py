@@ -146,20 +146,21 @@ def build(
 ) -> tuple[ModuleType, Any]:
     """Family and Linen module of a `model` section; no weight is read.
 
-    Raises InputError for an attention that the model or the devices do not have.
+    Raises InputError for an attention that the model does not have on these devices.
     """
     family, model_config = read_config(directory(cfg.path))
     changes: dict[str, Any] = {
         "dtype": jnp.dtype(cfg.dtype),
         "remat": cfg.remat,
-        "attention": cfg.attention,
+        # Without devices weights alone are wanted, on whatever is to run them.
+        "attention": cfg.attention if devices else "xla",
     }
     if cfg.dropout is not None:
         changes["dropout"] = cfg.dropout
     made = dataclasses.replace(model_config, **changes)
-    platform = devices.mesh.devices.flat[0].platform if devices else "gpu"
+    platform = devices.mesh.devices.flat[0].platform if devices else ""
     gpu = platform in ("gpu", "cuda")
-    if cfg.attention == "flash":
+    if made.attention == "flash":
         name = "triton" if gpu else {"tpu": "mosaic"}.get(platform)
         if not name or made.head_width not in flash.COMPILERS[name].widths:
             raise aim_jax.InputError(
@@ -167,7 +168,7 @@ def build(
                 " 128 features, and for TPUs, with heads of 8, 16, ... 256; use xla"
             )
         made = dataclasses.replace(made, attention=name)
-    if cfg.attention == "cudnn":
+    if made.attention == "cudnn":
         fits = family.KIND == "decoder" and made.dropout == 0
         fits = fits and made.head_width in range(8, 129, 8)
         if not (fits and cfg.dtype == "bfloat16" and gpu):
