@@ -408,23 +408,25 @@ def test_hub_reads_json_with_nested_fields(tmp_path, datasets):
 
 
 def test_hub_labels_of_a_column_with_gaps(tmp_path, datasets):
-    """A missing number leaves the others of its column as they are written."""
-    for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}.csv").write_text("text,label\na,1\nb,\nc,0\n")
+    """A missing number leaves others as they are written, in its split and elsewhere."""
+    written = {"train": "a,1\nc,0\n", "dev": "a,1\nb,\nc,0\n", "test": "b,\n"}
+    for split, lines in written.items():
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n{lines}")
     fields = {
         "path": "csv",
-        "data_files": {s: str(tmp_path / f"{s}.csv") for s in ("train", "dev", "test")},
+        "data_files": {s: str(tmp_path / f"{s}.csv") for s in written},
         "splits": {"dev": "dev"},
         "input": "{text}",
         "output": "{label}",
     }
+    for more, a, c in (({"labels": ["bad", "good"]}, "good", "bad"), ({}, "1", "0")):
+        splits = read("hub", spec(tmp_path, **fields, **more), "a").splits
+        found = {s: {r["input"]: r["output"] for r in splits[s]} for s in written}
+        assert found["train"] == {"a": a, "c": c}
+        assert found["dev"] == {"a": a, "b": "", "c": c} and found["test"] == {"b": ""}
+    (tmp_path / "test.csv").write_text("text,label\nd, 1\n")
     source = spec(tmp_path, **fields, labels=["bad", "good"])
-    rows = read("hub", source, "a").splits["train"]
-    found = {row["input"]: row["output"] for row in rows}
-    assert found == {"a": "good", "b": "", "c": "bad"}
-    rows = read("hub", spec(tmp_path, **fields), "a").splits["train"]
-    found = {row["input"]: row["output"] for row in rows}
-    assert found == {"a": "1", "b": "", "c": "0"}
+    assert read("hub", source, "a").splits["test"][0]["output"] == "good"
     for split in ("train", "dev", "test"):
         (tmp_path / f"{split}.csv").write_text("text,label\na,fine\n")
     assert "label 'fine' has no name; there are 2: bad, good" in message(

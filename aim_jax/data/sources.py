@@ -284,8 +284,12 @@ def _load(where: str, spec: Mapping[str, Any], split: str) -> Any:
 
     arguments = {k: spec[k] for k in _LOAD if k in spec}
     if spec["path"] == "csv":
-        # Else None, NA or null are no labels, and a gap makes 1.0 of every 1.
-        arguments["keep_default_na"] = False
+        # As they are written: None or NA is a word, and a gap makes no 1.0 of a 1.
+        columns = _COLUMN.findall(spec["input"] + spec["output"])
+        arguments |= {
+            "keep_default_na": False,
+            "converters": {column.partition(".")[0]: str for column in columns},
+        }
     try:
         return datasets.load_dataset(spec["path"], split=split, **arguments)
     except Exception as error:  # It raises whatever the reader of the format raises.
@@ -319,7 +323,7 @@ def _fill(
         if column not in named or value in named[column]:
             return str(value)
         names = named[column]
-        if re.fullmatch(r"-?\d+(\.0)?", str(value)):
+        if re.fullmatch(r"\s*-?\d+(\.0)?\s*", str(value)):
             # Beside one that is missing, numbers become text or floats.
             value = int(float(value))
         if isinstance(value, int) and 0 <= value < len(names):
