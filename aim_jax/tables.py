@@ -96,7 +96,7 @@ def group(runs: Sequence[records.Run]) -> list[Group]:
     labelled = []
     for members in groups.values():
         first: dict[str, records.Run] = {}
-        for run in members:
+        for run in counted(members):
             twin = first.setdefault(str([run.settings.get(s) for s in SEEDS]), run)
             if twin is not run:
                 run.notes.append(
@@ -122,13 +122,17 @@ def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [p for p in paths if len({json.dumps(s.get(p)) for s in settings}) > 1]
 
 
+def counted(runs: Sequence[records.Run]) -> Sequence[records.Run]:
+    """Those that means count: the finished ones, if there are any."""
+    return [r for r in runs if r.finished] or runs
+
+
 def stat(runs: Sequence[records.Run], figure: str) -> Stat | None:
     """Mean and sample standard deviation of one of the `figures` of runs.
 
-    Only finished runs count, if there are any; None if nobody knows the figure.
+    None if nobody knows the figure.
     """
-    done = [r for r in runs if r.finished] or runs
-    known = [v for r in done if (v := r.figures[figure]) is not None]
+    known = [v for r in counted(runs) if (v := r.figures[figure]) is not None]
     if not known:
         return None
     std = statistics.stdev(known) if len(known) > 1 else None

@@ -199,6 +199,9 @@ def test_twins_are_told_apart_by_their_folders(tmp_path):
     assert names == [f"aim, seed 42, {path}" for path in paths]
     assert not group.runs[0].notes
     assert str(paths[0]) in group.runs[1].notes[0]
+    edit_results(paths[0], finished=False)  # Then its figures count in no mean.
+    (group,) = tables.group(map(records.load, paths))
+    assert not group.runs[1].notes
 
 
 def test_unfinished_run_does_not_blur_the_mean_of_its_group(tmp_path):
