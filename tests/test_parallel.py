@@ -210,7 +210,7 @@ def test_attention_in_tiles_on_any_mesh():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 8 and max(found) < 1e-5
+    assert len(found) == 8 and all(x < 1e-5 for x in found)  # nor is one NaN
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("t5", marks=pytest.mark.slow)])
