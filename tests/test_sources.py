@@ -434,6 +434,25 @@ def test_hub_labels_of_a_column_with_gaps(tmp_path, datasets):
     )
 
 
+def test_hub_leaves_out_columns_with_gaps_that_no_template_names(tmp_path, datasets):
+    """As whole numbers in one split and with a gap in another they had two types."""
+    for split, age in (("train", "7"), ("dev", ""), ("test", "7")):
+        lines = f"text,label,age\na,good,7\nb,bad,{age}\n"
+        (tmp_path / f"{split}.csv").write_text(lines)
+    source = spec(
+        tmp_path,
+        path="csv",
+        data_files={s: str(tmp_path / f"{s}.csv") for s in ("train", "dev", "test")},
+        splits={"dev": "dev"},
+        input="{text}",
+        output="{label}",
+    )
+    found = {
+        row["input"]: row["output"] for row in read("hub", source, "a").splits["dev"]
+    }
+    assert found == {"a": "good", "b": "bad"}
+
+
 def test_hub_keeps_words_that_pandas_takes_for_gaps(tmp_path, datasets):
     (tmp_path / "a.csv").write_text("text,label\nNA,None\nnull,n/a\nnan,yes\n")
     source = spec(

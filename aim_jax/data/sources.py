@@ -47,6 +47,7 @@ _NEEDED = {"path": str, "input": str, "output": str}
 _SPEC = _NEEDED | _LOAD | {"splits": dict, "labels": list, "metric": str}
 _PARTS = {"train": "train", "dev": "validation", "test": "test"}
 _COLUMN = re.compile(r"\{([^{}]+)\}")
+_COLUMNS = 10_000  # no CSV file has more
 
 
 class Options(NamedTuple):
@@ -284,12 +285,10 @@ def _load(where: str, spec: Mapping[str, Any], split: str) -> Any:
 
     arguments = {k: spec[k] for k in _LOAD if k in spec}
     if spec["path"] == "csv":
-        # As they are written: None or NA is a word, and a gap makes no 1.0 of a 1.
-        columns = _COLUMN.findall(spec["input"] + spec["output"])
-        arguments |= {
-            "keep_default_na": False,
-            "converters": {column.partition(".")[0]: str for column in columns},
-        }
+        # As it is written: None or NA is a word, and a gap makes no 1.0 of a 1. By its
+        # place every column is text, as many as there are.
+        every = dict.fromkeys(range(_COLUMNS), str)
+        arguments |= {"keep_default_na": False, "converters": every}
     try:
         return datasets.load_dataset(spec["path"], split=split, **arguments)
     except Exception as error:  # It raises whatever the reader of the format raises.
