@@ -121,18 +121,17 @@ def compile_steps(
     """The steps of a method for these devices, each compiled when it is first called."""
     pure = steps.make(base.model, cfg, method)
     probe = parallel.compile(pure.probe, devices, batch=3, args=4)
-
-    def apart(
-        base: Tree, state: steps.State, memo: Tree, batch: Tree, chunk: Tree | None
-    ) -> tuple[steps.State, dict[str, jax.Array]]:
-        """`steps.Steps.train` in mode exact, whose programs take one batch."""
-        state, measures = alone(base, state, memo, batch)
-        if chunk is not None:
-            measures["history"] = probe(base, state, memo, chunk)
-        return state, measures
-
     if devices.mode == "exact":
-        alone, train = parallel.compile(pure.train, devices, batch=3, args=4), apart
+        alone = parallel.compile(pure.train, devices, batch=3, args=4)
+
+        def train(
+            base: Tree, state: steps.State, memo: Tree, batch: Tree, chunk: Tree | None
+        ) -> tuple[steps.State, dict[str, jax.Array]]:
+            # A program of this mode takes one batch.
+            state, measures = alone(base, state, memo, batch)
+            if chunk is not None:
+                measures["history"] = probe(base, state, memo, chunk)
+            return state, measures
     else:
         train = parallel.compile(pure.train, devices, batch=3, args=5, split=2)
     return steps.Steps(

@@ -89,9 +89,9 @@ def attend(
 def _forward(q, k, v, biases, words, rate, kept, compiler, interpret):
     b, h, t, d = q.shape
     s = k.shape[2]
+    blocks = block_t, block_s = compiler.block(t, s), compiler.block(s, t)
     how = rate, kept, compiler, interpret
-    run = functools.partial(_run, biases, words, how, (b, h, t, s))
-    block_t, block_s = compiler.block(t, s), compiler.block(s, t)
+    run = functools.partial(_run, biases, words, how, (b, h, t, s), blocks)
 
     def kernel(block, tile, q_ref, k_ref, v_ref, out_ref, total_ref):
         q = q_ref[...]
@@ -122,9 +122,9 @@ def _backward(rate, kept, compiler, interpret, residuals, grad):
     q, k, v, biases, words, out, total = residuals
     b, h, t, d = q.shape
     s = k.shape[2]
+    blocks = block_t, block_s = compiler.block(t, s), compiler.block(s, t)
     how = rate, kept, compiler, interpret
-    run = functools.partial(_run, biases, words, how, (b, h, t, s))
-    block_t, block_s = compiler.block(t, s), compiler.block(s, t)
+    run = functools.partial(_run, biases, words, how, (b, h, t, s), blocks)
     mean = jnp.einsum("bhtd,bhtd->bht", grad, out, preferred_element_type=jnp.float32)
     of_queries = [q, grad, total, mean[:, :, None]]
 
@@ -190,7 +190,7 @@ def _places(block, size, count):
     return pl.ds(pl.multiple_of(block * size, size), size)
 
 
-def _run(biases, words, how, sizes, kernel, axis, cut, whole, out):
+def _run(biases, words, how, sizes, blocks, kernel, axis, cut, whole, out):
     """What `kernel` makes, like `out`, for each row, head and block of queries or keys.
 
     kernel(block, tile, *refs): blocks of the arrays in `cut`, those in `whole`, blocks of
@@ -200,7 +200,6 @@ def _run(biases, words, how, sizes, kernel, axis, cut, whole, out):
     """
     rate, kept, compiler, interpret = how
     rows, heads, t, s = sizes
-    blocks = compiler.block(t, s), compiler.block(s, t)
     size = blocks[axis - 2]
 
     def spec(x, axis):
