@@ -229,6 +229,23 @@ def test_dropout():
     assert not np.allclose(plain, dropped)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "default"])
+def test_one_query_on_each_platform(monkeypatch, platform):
+    """Keys and values repeated, or queries in groups: the same attention."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arrays, **ways: ways[platform](*arrays)
+    )
+    rng = np.random.default_rng(0)
+    shapes = [(3, 8, 1, 16), (3, 2, 9, 16), (3, 2, 9, 16), (3, 1, 1, 9)]
+    q, k, v, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    of_heads = (jnp.repeat(x, 4, axis=1) for x in (k, v))
+    expected = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (q, *of_heads)), bias, scale=1.0
+    )
+    found = layers.attend(q, k, v, [bias])
+    np.testing.assert_allclose(found, expected.swapaxes(1, 2), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias_shape", [(2, 1, 6, 7), (1, 4, 6, 7), (2, 1, 1, 7)])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_gradients_of_attention(bias_shape, rate):

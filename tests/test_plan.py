@@ -1,5 +1,6 @@
 """The plan counts what a hand counts, and its command works where no TPU compiler is."""
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -247,9 +248,12 @@ def test_bad_input_is_one_line(flags, message):
     reason="the GPU compiler is not installed (pip install 'jax[cuda12]')",
 )
 def test_gpus_that_need_not_be_there():
-    """No attention keeps scores, a fused one moves none; eight GPUs share a base."""
+    """No attention keeps scores, a fused one moves none; eight GPUs share a base.
 
-    def train(topology, attention="xla", shape="qwen3_1p7b", length=512):
+    Decoding reads a layer's keys and values where they lie.
+    """
+
+    def planned(program, topology, attention="xla", shape="qwen3_1p7b", length=512):
         done = command(
             f"--config=configs/{shape}.py",
             f"--set=model.path=configs/shapes/{shape}",
@@ -257,11 +261,13 @@ def test_gpus_that_need_not_be_there():
             f"--set=model.attention={attention}",
             f"--topology={topology}",
             f"--length={length}",
-            "--program=train",
+            f"--program={program}",
             "--json",
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+    train = functools.partial(planned, "train")
 
     def moves_less(fused, plain):
         assert fused["needed_flops"] == pytest.approx(plain["needed_flops"], rel=1e-6)
@@ -278,6 +284,7 @@ def test_gpus_that_need_not_be_there():
     assert one["flops"] == pytest.approx(2 * two["flops"], rel=1e-6)
     assert 7 < plain["needed_flops"] / eight["needed_flops"] <= 8
     assert eight["collective_bytes"] > plain["collective_bytes"] == 0
+    assert planned("decode", "h100:1")["moved_bytes"] < 0.9e12  # 1.1e12 with copies
 
 
 @pytest.mark.skipif(

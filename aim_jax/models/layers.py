@@ -351,10 +351,25 @@ def attend(
             implementation=kernel,
         )
         return out.swapaxes(1, 2)
-    if h > k:
-        bias = jnp.tile(bias, (1, 1, h // k, 1))
-    out = _attend(q_bhtd.reshape(b, k, -1, d), k_bksd, v_bksd, bias, rate, key)
-    return out.reshape(b, h, t, d)
+    if h == k:
+        return _attend(q_bhtd, k_bksd, v_bksd, bias, rate, key)
+
+    def grouped(q: jax.Array, k_bksd: jax.Array, v_bksd: jax.Array) -> jax.Array:
+        tiled = jnp.tile(bias, (1, 1, h // k, 1))
+        out = _attend(q.reshape(b, k, -1, d), k_bksd, v_bksd, tiled, rate, key)
+        return out.reshape(b, h, t, d)
+
+    def repeated(q: jax.Array, *kv_bksd: jax.Array) -> jax.Array:
+        kv_bhsd = (jnp.repeat(x, h // k, 1) for x in kv_bksd)
+        return _attend(q, *kv_bhsd, bias, rate, key)
+
+    if t > 1 or h > 4 * k:
+        return grouped(q_bhtd, k_bksd, v_bksd)
+    # XLA multiplies and sums for a single query, which reads a layer's part of a cache where
+    # it lies and repeats it on the way; for the product of a group a GPU copies it first.
+    return jax.lax.platform_dependent(
+        q_bhtd, k_bksd, v_bksd, cuda=repeated, default=grouped
+    )
 
 
 def _in_tiles(
