@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
 }
 
+FEW, WIDE = 128, 512  # at most so many rows, of at least so many features, are turned
 GROUP = 64  # inputs of a quantized weight that share a scale
 
 REMAT = {
@@ -62,7 +63,7 @@ class Dense(nn.Module):
         else:
             shape = self.features, x.shape[-1]
             weight = self.param("weight", nn.initializers.normal(0.02), shape)
-        y = jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
+        y = project(x.astype(self.dtype), weight.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
@@ -78,6 +79,28 @@ class Dense(nn.Module):
                 real, on_a, on_b = (self.get_variable("lora", n) for n in names)
                 y = measure(y, x, real[:, -y.shape[1] :], on_a, on_b)
         return checkpoint_name(y, "product")
+
+
+def project(
+    x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """x W^T (..., o) of x (..., i) and W (o, i), in `dtype` or that of x.
+
+    On a CPU few wide rows meet the weight from the right, W x^T, which Eigen does in up to
+    half the time; barriers, of the gradient too, keep XLA from turning that around again.
+    """
+
+    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
+    def turned(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.einsum("oi,ri->or", weight, rows, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+
+    if math.prod(x.shape[:-1]) > FEW or x.shape[-1] < WIDE:
+        return plain(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=turned, default=plain)
 
 
 def quantize(weight: jax.Array, bits: int) -> dict[str, jax.Array]:
@@ -265,7 +288,7 @@ def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
 
     So is their gradient, which would otherwise turn the whole table to float32.
     """
-    return _product("...i,vi->...v", x, weight.astype(x.dtype))
+    return project(x, weight.astype(x.dtype), jnp.float32)
 
 
 def _logits_forward(x, weight):
@@ -276,7 +299,8 @@ def _logits_forward(x, weight):
 def _logits_backward(kept, grad):
     x, weight, frozen = kept
     grad = grad.astype(x.dtype)
-    on_x = _product("...v,vi->...i", grad, weight.astype(x.dtype)).astype(x.dtype)
+    turn = jax.linear_transpose(lambda x: project(x, weight.astype(x.dtype)), x)
+    (on_x,) = turn(grad)
     if frozen is not None:
         return on_x, None
     return on_x, _product("...v,...i->vi", grad, x).astype(weight.dtype)
