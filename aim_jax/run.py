@@ -145,7 +145,8 @@ def run(
         before_after["after"] = held_out_scores(job, "after", last, seconds)
         facts["before_after"] = before_after if job.held_out else None
         single = None
-        if cfg.eval.fwt:
+        # Where tasks are not scored when learnt, as by multitask, there is no FWT.
+        if cfg.eval.fwt and metrics.fwt(matrix, [0.0] * len(counts)) is not None:
             single = facts["single"]
             for number in range(len(single), len(counts)):
                 single.append(single_score(job, number, inputs, seconds))

@@ -277,7 +277,11 @@ def test_multitask_is_one_training_on_the_union(lessons):
 @pytest.mark.slow
 def test_scores_of_multitask_are_those_after_the_last_task(tmp_path, monkeypatch):
     runs = Runs(tmp_path, "multitask")
+    runs.cfg = dataclasses.replace(
+        runs.cfg, eval=dataclasses.replace(runs.cfg.eval, fwt=True)
+    )
     results, folder = runs("run", monkeypatch)
+    assert results["fwt"] is None and not (tmp_path / ".single").exists()
     assert results["matrix"][0] == [None, None]
     assert results["op"] == np.mean(results["matrix"][1])
     assert results["bwt"] is None and results["work"]["steps"] == 8
