@@ -246,6 +246,25 @@ def test_one_query_on_each_platform(monkeypatch, platform):
     np.testing.assert_allclose(found, expected.swapaxes(1, 2), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("product", [layers.project, layers.logits])
+@pytest.mark.parametrize("rows", [layers.FEW, layers.FEW + 4])
+def test_products_from_either_side(product, rows):
+    """x W^T and its gradients, turned for few wide rows on a CPU and plain for more."""
+    rng = np.random.default_rng(0)
+    shapes = (4, rows // 4, layers.WIDE), (24, layers.WIDE), (4, rows // 4, 24)
+    x, weight, target = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    found, turn = jax.vjp(jax.jit(product), x, weight)
+    expected = (
+        np.einsum("bti,oi->bto", x, weight),
+        np.einsum("bto,oi->bti", target, weight),
+        np.einsum("bto,bti->oi", target, x),
+    )
+    for ours, theirs in zip((found, *turn(target)), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)  # sums of 512
+    text = jax.jit(product).lower(x, weight).as_text()
+    assert ("optimization_barrier" in text) == (rows == layers.FEW)
+
+
 @pytest.mark.parametrize("bias_shape", [(2, 1, 6, 7), (1, 4, 6, 7), (2, 1, 1, 7)])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_gradients_of_attention(bias_shape, rate):

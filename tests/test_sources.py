@@ -358,6 +358,12 @@ def spec(tmp_path, **fields):
     return tmp_path / "hub.json"
 
 
+def a_file_each(tmp_path, kind):
+    """Fields of a description whose splits are files train, dev and test of that kind."""
+    files = {s: str(tmp_path / f"{s}.{kind}") for s in ("train", "dev", "test")}
+    return {"path": kind, "data_files": files, "splits": {"dev": "dev"}}
+
+
 def test_hub_reads_class_names(tmp_path, datasets):
     path = stored(datasets, tmp_path / "set")
     source = spec(tmp_path, path=path, input="{text}? {labels}.", output="{label}")
@@ -396,9 +402,7 @@ def test_hub_reads_json_with_nested_fields(tmp_path, datasets):
         write(tmp_path / f"{split}.json", rows)
     source = spec(
         tmp_path,
-        path="json",
-        data_files={s: str(tmp_path / f"{s}.json") for s in ("train", "dev", "test")},
-        splits={"dev": "dev"},
+        **a_file_each(tmp_path, "json"),
         input="{n}: {q}",
         output="{answers.text}{none}",
     )
@@ -412,13 +416,7 @@ def test_hub_labels_of_a_column_with_gaps(tmp_path, datasets):
     written = {"train": "a,1\nc,0\n", "dev": "a,1\nb,\nc,0\n", "test": "b,\n"}
     for split, lines in written.items():
         (tmp_path / f"{split}.csv").write_text(f"text,label\n{lines}")
-    fields = {
-        "path": "csv",
-        "data_files": {s: str(tmp_path / f"{s}.csv") for s in written},
-        "splits": {"dev": "dev"},
-        "input": "{text}",
-        "output": "{label}",
-    }
+    fields = a_file_each(tmp_path, "csv") | {"input": "{text}", "output": "{label}"}
     for more, a, c in (({"labels": ["bad", "good"]}, "good", "bad"), ({}, "1", "0")):
         splits = read("hub", spec(tmp_path, **fields, **more), "a").splits
         found = {s: {r["input"]: r["output"] for r in splits[s]} for s in written}
@@ -439,14 +437,8 @@ def test_hub_leaves_out_columns_with_gaps_that_no_template_names(tmp_path, datas
     for split, age in (("train", "7"), ("dev", ""), ("test", "7")):
         lines = f"text,label,age\na,good,7\nb,bad,{age}\n"
         (tmp_path / f"{split}.csv").write_text(lines)
-    source = spec(
-        tmp_path,
-        path="csv",
-        data_files={s: str(tmp_path / f"{s}.csv") for s in ("train", "dev", "test")},
-        splits={"dev": "dev"},
-        input="{text}",
-        output="{label}",
-    )
+    fields = a_file_each(tmp_path, "csv") | {"input": "{text}", "output": "{label}"}
+    source = spec(tmp_path, **fields)
     found = {
         row["input"]: row["output"] for row in read("hub", source, "a").splits["dev"]
     }
