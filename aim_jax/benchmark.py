@@ -482,10 +482,8 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
             cfg, parallel={"speculate": speculate}, train={"eval_every": total + 1}
         )
         nothing = [lambda *given: None] * 2
-        place = run.train(
-            dataclasses.replace(job, cfg=own), watcher, task, start, *nothing
-        )
-        return place.state
+        watched = dataclasses.replace(job, cfg=own, method=watcher)
+        return run.train(watched, task, start, *nothing).state
 
     def device() -> Any:
         after, read = steps.init(delta, total, jax.random.key(0)), []
@@ -774,7 +772,7 @@ def _second(job: jobs.Job) -> jobs.Lesson:
 def _state(bench: Bench, count: int) -> tuple[steps.State, Tree]:
     """The state before `count` steps, and the arrays of the method's memo."""
     job = bench.job
-    place = run.beginning(job, job.method)
+    place = run.beginning(job)
     state = steps.init(place.state.delta, count, jax.random.key(0), job.method)
     return jax.device_put((state, place.memo.arrays), job.devices.replicated)
 

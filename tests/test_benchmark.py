@@ -283,8 +283,8 @@ def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
     rounds, ends = 2, {False: [], True: []}
     train = run.train
 
-    def watched(job, method, task, place, log, save):
-        after = train(job, method, task, place, log, save)
+    def watched(job, task, place, log, save):
+        after = train(job, task, place, log, save)
         ends[job.cfg.parallel.speculate].append(after.state.delta)
         return after
 

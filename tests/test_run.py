@@ -412,7 +412,7 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guar
         method=job.method._replace(after_step=after_step),
     )
     with checkpoint.open(tmp_path / "checkpoints", 1) as checkpointer:
-        place, facts = run.restore(job, job.method, {}, checkpointer)
+        place, facts = run.restore(job, {}, checkpointer)
     steps = 2 * 24 // 4  # of a task
 
     def save(place):
