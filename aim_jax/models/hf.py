@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
 
 import aim_jax
 from aim_jax import config, lora, models, parallel, records
@@ -505,27 +506,9 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
     return found
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {`a/b/c`: leaf}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The nested dict that `flatten` came from."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return tree
+# A nested dict as {`a/b/c`: leaf}, and back.
+flatten = functools.partial(traverse_util.flatten_dict, sep="/")
+unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
 def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
