@@ -180,16 +180,13 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
 
 
 def validation(
-    tasks: Sequence[Task], rows: int = 25, leaks: bool = True, seed: int = 42
+    tasks: Sequence[Task], rows: int = 25, seed: int = 42
 ) -> list[dict[str, str]]:
     """The rows that validate the last of `tasks`, the stream so far.
 
     As in the PyTorch release: `rows` of each task's dev rows, shuffled, are joined and
-    shuffled again, each time as `datasets` does with `seed`. With leaks=False the dev rows
-    are those of `without_leaks`.
+    shuffled again, each time as `datasets` does with `seed`.
     """
-    if not leaks:
-        tasks = without_leaks(tasks, rows)
     return memory.shuffle(
         [row for task in tasks for row in memory.shuffle(task.dev, seed)[:rows]], seed
     )
