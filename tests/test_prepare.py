@@ -183,7 +183,7 @@ def test_wrong_names_list_the_right_ones(tmp_path):
     ],
 )
 def test_settings_read_a_benchmark_as_one(names, expected):
-    kinds = {name: prepare.KNOWN.get(name, "exact") for name in names}
+    kinds = {name: tasks.KNOWN.get(name, "exact") for name in names}
     text = prepare.settings(kinds, pathlib.Path("D"))
     assert text == f"--set data.root=D --set {expected}"
 

@@ -26,7 +26,6 @@ from aim_jax.data import sources, tasks
 
 PAIRS = ("train/dev", "train/test", "dev/test")
 DROPS = ("unlabelled", "duplicates", *PAIRS)
-KNOWN = {n: m for b in tasks.BENCHMARKS.values() for n, m in (b.metrics or {}).items()}
 
 
 def prepare(
@@ -62,7 +61,7 @@ def prepare(
         for split, rows in found.splits.items():
             if not rows:
                 raise aim_jax.InputError(f"{where} has no {split} row")
-        kind = found.metric or KNOWN.get(name, default)
+        kind = found.metric or tasks.KNOWN.get(name, default)
         sources.among(kind, metrics.METRICS, where, "metric")
         splits, dropped = drop(name, found.splits, drops)
         files |= {f"{s}/{name}.json": rows for s, rows in splits.items()}

@@ -97,6 +97,8 @@ BENCHMARKS = {
     ),
     "custom": Benchmark(),
 }
+# The metric of every task that is named above.
+KNOWN = {k: v for b in BENCHMARKS.values() for k, v in (b.metrics or {}).items()}
 
 # Six train rows of task511 have no label in the published data. They stay, since published
 # numbers were trained on them; anywhere else an empty label is taken for a mistake.
@@ -156,9 +158,6 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
     of a task, else that of a published benchmark counts, else exact match. Raises
     InputError as `load`, and for a task that is there twice.
     """
-    published = {
-        k: v for b in BENCHMARKS.values() for k, v in (b.metrics or {}).items()
-    }
     found: dict[str, Task] = {}
     for name in folders:
         folder = pathlib.Path(name).expanduser()
@@ -167,7 +166,7 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
             raise aim_jax.InputError(
                 f"eval.before_after: '{name}' must hold test/TASK.json of at least one task"
             )
-        kinds = {n: published.get(n, "exact") for n in names} | _chosen(folder, names)
+        kinds = {n: KNOWN.get(n, "exact") for n in names} | _chosen(folder, names)
         for task in names:
             if task in found:
                 raise aim_jax.InputError(
