@@ -67,7 +67,7 @@ def test_an_instruction_apart_is_joined_to_the_input(tmp_path):
 def test_an_input_that_is_no_text_is_named(tmp_path):
     plain(tmp_path)
     write(tmp_path / "dev/a.json", [{"input": None, "output": "o"}])
-    assert "row 0: the input must be a string, not null" in message("release", tmp_path)
+    assert "row 0: 'input' must be a string, not null" in message("release", tmp_path)
 
 
 def test_metrics_of_a_folder_of_ones_own_are_kept(tmp_path):
@@ -86,10 +86,12 @@ def test_release_names_what_does_not_fit(tmp_path):
     assert "a.json: row 0: no field 'output'; it has input" in text
     write(tmp_path / "in/side/dev/a.json", [{"input": "i", "output": 3}])
     text = message("release", tmp_path / "in/side")
-    assert "row 0: the output must be a string, not 3" in text
+    assert "row 0: 'output' must be a string, not a number" in text
     write(tmp_path / "in/side/dev/a.json", [{"input": "\ud800", "output": "x"}])
     text = message("release", tmp_path / "in/side")
-    assert "row 0: the input holds half a surrogate pair" in text
+    assert "row 0: 'input' is no Unicode text at character 0" in text
+    write(tmp_path / "in/side/dev/a.json", [{"id": "", "input": "x", "output": "y"}])
+    assert "row 0: 'id' is empty" in message("release", tmp_path / "in/side")
     (tmp_path / "in/side/dev/a.json").unlink()
     assert "dev: no a.json" in message("release", tmp_path / "in/side")
 

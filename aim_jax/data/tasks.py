@@ -271,7 +271,7 @@ def remembered(run: str, name: str) -> list[dict[str, str]]:
         except ValueError as error:
             raise aim_jax.InputError(f"{where}: not valid JSON: {error}") from None
         # The run that kept it has checked that its label may be empty.
-        rows.append(_row(where, f"{name}_{i}", row, unlabelled=True))
+        rows.append(checked(where, f"{name}_{i}", row, unlabelled=True))
     return rows
 
 
@@ -446,13 +446,17 @@ def _rows(path: pathlib.Path, name: str, unlabelled: bool) -> list[dict[str, str
     if not rows:
         raise aim_jax.InputError(f"{path}: no rows; every split needs at least one")
     return [
-        _row(f"{path}: row {i} (counted from 0)", f"{name}_{i}", row, unlabelled)
+        checked(f"{path}: row {i} (counted from 0)", f"{name}_{i}", row, unlabelled)
         for i, row in enumerate(rows)
     ]
 
 
-def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
-    """The checked row, called `name` if it has no id."""
+def checked(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
+    """The fields of a row, called `name` if it has no id.
+
+    where: what a message calls it; unlabelled: whether its label may be empty. Raises
+    InputError for a field that cannot be used.
+    """
     if not isinstance(row, dict):
         raise aim_jax.InputError(
             f'{where}: must be an object {{"id", "input", "output"}}, not {_kind(row)}'
@@ -462,16 +466,16 @@ def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
             raise aim_jax.InputError(
                 f"{where}: no field '{field}'; it has {listed(row)}"
             )
-    checked = {f: row.get(f, name) for f in ("id", "input", "output")}
+    made = {f: row.get(f, name) for f in ("id", "input", "output")}
     apart = row.get("instruction", "")
-    for field, text in (*checked.items(), ("instruction", apart)):
+    for field, text in (*made.items(), ("instruction", apart)):
         if not isinstance(text, str):
             raise aim_jax.InputError(
                 f"{where}: '{field}' must be a string, not {_kind(text)}"
             )
     # Where the instruction stands apart, a prompt is both together.
-    checked["input"] = apart + checked["input"]
-    for field, text in checked.items():
+    made["input"] = apart + made["input"]
+    for field, text in made.items():
         if not text.strip() and not (field == "output" and unlabelled):
             raise aim_jax.InputError(
                 f"{where}: '{field}' is empty; fill it in or remove the row"
@@ -484,7 +488,7 @@ def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
                 f"{where}: '{field}' is no Unicode text at character {error.start};"
                 " replace that character"
             ) from None
-    return checked
+    return made
 
 
 def _kind(value: Any) -> str:
