@@ -146,7 +146,7 @@ def test_labels_that_no_prompt_offers_are_told(tmp_path):
 def test_nothing_is_written_over_and_nothing_is_half_written(tmp_path):
     prepared(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(aim_jax.InputError, match="out is not empty; name a new folder"):
+    with pytest.raises(aim_jax.InputError, match="out is not empty; give a new folder"):
         prepared(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(aim_jax.InputError, match="leaves no train row"):
@@ -229,7 +229,7 @@ def test_the_command_prints_a_table_or_one_line(tmp_path):
     assert f"--set data.root={out} --set data.benchmark=custom" in last
     again = command(*arguments)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: --out: {out} is not empty; name a new folder\n"
+    assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,7 @@ def prepare(
     InputError for a source that cannot be used and for an `out` that holds something; in
     both cases nothing is written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise aim_jax.InputError(f"--out: {out} is not empty; name a new folder")
+    aim_jax.check_new(out)
     for way in drops:
         sources.among(way, DROPS, "--drop", "way to drop rows")
     readers = sources.LAYOUTS[layout](options)
@@ -231,10 +230,7 @@ def _write(out: pathlib.Path, files: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, a folder and its report out."""
     values = flags.FLAGS
-    with aim_jax.command(argv):
-        for name in ("layout", "source", "out"):
-            if not values[name].value:
-                raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
+    with aim_jax.command(argv, needed=("layout", "source", "out")):
         out, prompts = pathlib.Path(values.out).expanduser(), values.instructions
         options = sources.Options(
             source=pathlib.Path(values.source).expanduser(),
