@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags
 
 import aim_jax
-from aim_jax import metrics
+from aim_jax import metrics, tables
 from aim_jax.data import sources, tasks
 
 PAIRS = ("train/dev", "train/test", "dev/test")
@@ -150,19 +150,19 @@ def drop(
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as text: a line a task as found, then what deserves a second look."""
-    lines = [("task", "metric", *tasks.SPLITS, "repeated", *PAIRS, "labels")]
-    notes = []
+    head = ["task", "metric", *tasks.SPLITS, "repeated", *PAIRS, "labels"]
+    lines, notes = [], []
     for name, entry in report["tasks"].items():
         splits, shared = entry["found"]["splits"], entry["found"]["shared"]
         lines.append(
-            (
+            [
                 name,
                 entry["metric"],
                 *(str(x["rows"]) for x in splits.values()),
                 str(sum(x["repeated"] for x in splits.values())),
                 *(_part(shared[pair]) for pair in PAIRS),
                 str(splits["train"]["distinct_labels"]),
-            )
+            ]
         )
         for split, x in splits.items():
             if x["unlabelled"]:
@@ -177,15 +177,7 @@ def table(report: Mapping[str, Any]) -> str:
         if took:
             sizes = [str(x["rows"]) for x in entry["written"]["splits"].values()]
             notes.append(f"{name}: {', '.join(took)}; written {' / '.join(sizes)}")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            f"{cell:{'<' if i < 2 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([*text, *notes])
+    return "\n".join([tables.text(tables.Table(head, lines, left=2)), *notes])
 
 
 def settings(kinds: Mapping[str, str], out: pathlib.Path) -> str:
