@@ -82,6 +82,11 @@ def test_bytes_of_collectives(known, limit, stride, times, group):
     assert found == times * gathered + 2 * reduced
 
 
+def test_bytes_of_arrays():
+    text = "(pred[3], bf16[2,4]{1,0:T(8,128)(2,1)}, f64[2], u32[])"
+    assert plan._sizes(text) == [3, 16, 16, 4]
+
+
 KERNELS = """HloModule step
 
 %of_a_layer (w: bf16[3,8,4], i: s32[]) -> bf16[8,4] {
