@@ -141,11 +141,6 @@ def of_shape(cfg: config.Config, shape: Shape) -> config.Config:
     )
 
 
-def opened(cfg: config.Config) -> parallel.Devices:
-    """The devices of a run of `cfg`."""
-    return parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
-
-
 def plain(
     cfg: config.Config,
     shape: Shape,
@@ -393,7 +388,7 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     moments: when the step was on its way, all compiled, and when it was done.
     processor_seconds: of the process until then, without the loading of the weights.
     """
-    devices = opened(cfg)
+    devices = jobs.open_devices(cfg)
     base, spent = elapsed(lambda: hf.load(cfg.model, devices))
     bench = plain(cfg, shape, 1, 1, devices, base)
     job, (state, memo) = bench.job, _state(bench, 1)
@@ -691,7 +686,7 @@ def benchmark(
     versions = run.versions()
     if {"step", "rehearsal", "fusion", "decode", "idle"} & set(measures):
         if shape:
-            devices = opened(cfg)
+            devices = jobs.open_devices(cfg)
             base = hf.load(cfg.model, devices)
             bench = plain(cfg, shape, prompts, count, devices, base)
         else:

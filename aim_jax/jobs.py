@@ -82,9 +82,14 @@ def partial(**fields: Any) -> Job:
     return Job(**blank | fields)
 
 
+def open_devices(cfg: config.Config) -> parallel.Devices:
+    """The devices of a run of `cfg`."""
+    return parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+
+
 def load_model(cfg: config.Config) -> Loaded:
     """Base and tokenizer, and the functions over them, compiled lazily."""
-    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+    devices = open_devices(cfg)
     base = hf.load(cfg.model, devices)
     folder = hf.directory(cfg.model.path)
     tokenizer = batches.tokenizer(folder)

@@ -108,7 +108,7 @@ def test_figures_of_real_rows():
 
 
 def random_rows(cfg, shape):
-    devices = benchmark.opened(cfg)
+    devices = jobs.open_devices(cfg)
     return benchmark.plain(cfg, shape, 5, 1, devices, hf.load(cfg.model, devices))
 
 
