@@ -6,17 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import golden
 import pytest
 
 import aim_jax
 from aim_jax import config
 from aim_jax.data import prepare, sources, tasks
-
-ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT / "../shared/data"
-benchmarks = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no benchmark data in {SHARED}"
-)
 
 
 def rows(*inputs, output="x"):
@@ -196,8 +191,8 @@ def test_settings_keep_the_metric_of_a_task_that_is_named_as_a_known_one():
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "aim_jax.data.prepare", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=golden.ROOT,
+        env=os.environ | {"PYTHONPATH": str(golden.ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
@@ -239,12 +234,12 @@ def released():
     names["superni"] = ["task1590", "task1572", "task639"]
     found = {}
     for benchmark in names:
-        readers = sources.release(sources.Options(SHARED / benchmark))
+        readers = sources.release(sources.Options(golden.DATA / benchmark))
         found |= {n: prepare.survey(readers[n]().splits) for n in names[benchmark]}
     return found
 
 
-@benchmarks
+@golden.benchmarks
 def test_the_released_splits_leak_what_is_known_to_leak(released):
     """Agrees with the data's own README, which compares inputs as they are."""
     for facts in released.values():
@@ -260,9 +255,9 @@ def test_the_released_splits_leak_what_is_known_to_leak(released):
     assert share["yahoo"] == 0
 
 
-@benchmarks
+@golden.benchmarks
 def test_the_documented_leaks_are_the_measured_ones(released):
-    lines = (ROOT / "docs/benchmarks.md").read_text().splitlines()
+    lines = (golden.ROOT / "docs/benchmarks.md").read_text().splitlines()
     for name in tasks.BENCHMARKS["long_sequence"].metrics:
         splits, shared = released[name]["splits"], released[name]["shared"]["dev/test"]
         sizes = " / ".join(str(x["rows"]) for x in splits.values())

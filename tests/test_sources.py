@@ -3,18 +3,13 @@
 import collections
 import gzip
 import json
-import pathlib
 import re
 
+import golden
 import pytest
 
 import aim_jax
 from aim_jax.data import sources, tasks
-
-SHARED = pathlib.Path(__file__).parents[1] / "../shared/data"
-benchmarks = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no benchmark data in {SHARED}"
-)
 
 
 def write(path, data):
@@ -136,7 +131,7 @@ def test_cl_benchmark_gets_the_released_prompt(tmp_path, place, labels, prompt):
     assert found.splits == dict.fromkeys(tasks.SPLITS, [row])
 
 
-@benchmarks
+@golden.benchmarks
 def test_cl_benchmark_rebuilds_every_released_classification_prompt(tmp_path):
     """Taken apart at the options and the answer, and put together again, they agree."""
     groups = {
@@ -155,7 +150,7 @@ def test_cl_benchmark_rebuilds_every_released_classification_prompt(tmp_path):
         for name in names.split():
             for split in tasks.SPLITS:
                 rows = json.loads(
-                    (SHARED / f"long_sequence/{split}/{name}.json").read_text()
+                    (golden.DATA / f"long_sequence/{split}/{name}.json").read_text()
                 )
                 expected[name, split] = rows[:20]
                 parts = [form.fullmatch(row["input"]) for row in rows[:20]]
@@ -260,10 +255,10 @@ def test_superni_rows_are_released_prompts(tmp_path):
     }
 
 
-@benchmarks
+@golden.benchmarks
 @pytest.mark.parametrize("name", ["task1572", "task639", "task875"])
 def test_superni_rebuilds_released_rows(tmp_path, name):
-    rows = json.loads((SHARED / f"superni/train/{name}.json").read_text())
+    rows = json.loads((golden.DATA / f"superni/train/{name}.json").read_text())
     form = re.compile(r"\[INS\] (.*?)\n \[IN\] (.*)\n \[OUT\] ", re.DOTALL)
     parts = [form.fullmatch(row["input"]) for row in rows]
     cut = [

@@ -6,25 +6,14 @@ The recorded choices change only if the release's loader turns out to do somethi
 import gzip
 import hashlib
 import json
-import os
-import pathlib
 
+import golden
 import numpy as np
 import pytest
 
 import aim_jax
 from aim_jax import config
 from aim_jax.data import synthetic, tasks
-
-ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT / "../shared/data"
-GOLDEN = pathlib.Path(os.environ.get("AIM_JAX_GOLDEN", ROOT / "../shared/golden"))
-golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"no recorded traces in {GOLDEN}; see AIM_JAX_GOLDEN"
-)
-benchmarks = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no benchmark data in {SHARED}"
-)
 
 
 def rows(name, split, n=4):
@@ -366,11 +355,11 @@ def fails(message, function, *args, **kwargs):
     assert "\n" not in str(error.value)
 
 
-@benchmarks
+@golden.benchmarks
 @pytest.mark.parametrize("benchmark", ["standard_cl", "long_sequence", "superni"])
 def test_the_real_benchmarks_load(benchmark):
     for order, names in tasks.BENCHMARKS[benchmark].orders.items():
-        cfg = config.Data(benchmark=benchmark, root=str(SHARED), order=order)
+        cfg = config.Data(benchmark=benchmark, root=str(golden.DATA), order=order)
         loaded = tasks.load(cfg)
         assert [task.name for task in loaded] == list(names)
         for task in loaded:
@@ -381,33 +370,29 @@ def test_the_real_benchmarks_load(benchmark):
         assert {len(task.dev) for task in clean} == {12, 14, 16, 25}
 
 
-@golden
+@golden.needed
 def test_the_recorded_data_load_as_the_release_ships_them():
-    cfg = config.Data(benchmark="standard_cl", root=str(GOLDEN / "data"))
+    cfg = config.Data(benchmark="standard_cl", root=str(golden.FOLDER / "data"))
     loaded = tasks.load(cfg)
     for number, task in enumerate(loaded):
-        with np.load(GOLDEN / f"task{number}_{task.name}_ours.npz") as trace:
-            assert sorted(ids(task.train)) == sorted(trace["train_sample_id"])
-            expected = trace["eval_sample_id"].tolist()
+        trace = golden.trace(f"task{number}_{task.name}_ours")
+        assert sorted(ids(task.train)) == sorted(trace["train_sample_id"])
+        expected = trace["eval_sample_id"].tolist()
         assert ids(tasks.validation(loaded[: number + 1])) == expected
-        with np.load(GOLDEN / f"task{number}_{task.name}_fwt.npz") as trace:
-            expected = [trace[f"{s}_sample_id"].tolist() for s in ("train", "eval")]
+        trace = golden.trace(f"task{number}_{task.name}_fwt")
+        expected = [trace[f"{s}_sample_id"].tolist() for s in ("train", "eval")]
         assert [ids(part) for part in tasks.holdout(task.train, 0.1)] == expected
 
 
-@golden
-@benchmarks
+@golden.needed
+@golden.benchmarks
 def test_the_published_validation_rows_on_the_full_data():
-    cases = json.loads(
-        gzip.decompress(
-            (GOLDEN / "memory_and_validation_full_data.json.gz").read_bytes()
-        )
-    )
+    cases = golden.read("memory_and_validation_full_data.json.gz")
     assert len(cases) == 18
     for case in cases:
         benchmark = "superni" if "superni" in case["data_dir"] else "long_sequence"
         names = tuple(case["order"])
-        cfg = config.Data(benchmark=benchmark, root=str(SHARED), tasks=names)
+        cfg = config.Data(benchmark=benchmark, root=str(golden.DATA), tasks=names)
         # The release has the rows of yahoo's dev and test file all in its dev file.
         stream = [
             task._replace(dev=task.dev + task.test) if task.name == "yahoo" else task
