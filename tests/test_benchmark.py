@@ -19,7 +19,6 @@ from aim_jax.data import batches
 from aim_jax.methods import sequential
 from aim_jax.models import hf
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 SHAPE = benchmark.Shape(rows=4, length=16, target=4)
 FAMILIES = {"t5": ("q", "v"), "qwen3": ("q_proj", "v_proj")}
 
