@@ -1,5 +1,6 @@
 """The command that merges PEFT adapters."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -161,14 +162,10 @@ def test_adapters_that_do_not_go_together(settings, tensors, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path):
+def test_command(command, tmp_path):
     """Flags, exit codes and the one line of an error."""
     folders = [str(write(tmp_path / name, seed)) for seed, name in enumerate("ab")]
-
-    def call(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "aim_jax.fuse", *args]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    call = functools.partial(command, "fuse")
     out = str(tmp_path / "out")
     options = ["--method", "task_arithmetic", "--weights", "1,-2", "--scale", "0.5"]
     done = call(*options, *folders, "--out", out)

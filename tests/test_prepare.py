@@ -1,10 +1,7 @@
 """Prepared folders: what the report counts, what a drop takes, and the command itself."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import golden
 import pytest
@@ -188,29 +185,20 @@ def test_settings_keep_the_metric_of_a_task_that_is_named_as_a_known_one():
     assert text == "--set data.root=D --set data.benchmark=custom --set data.tasks=cb"
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "aim_jax.data.prepare", *arguments],
-        cwd=golden.ROOT,
-        env=os.environ | {"PYTHONPATH": str(golden.ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "source", LEAKY)
-    done = command("--layout=release", "--source=~/source", "--out=~/out")
+    done = command(
+        "data.prepare", "--layout=release", "--source=~/source", "--out=~/out"
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/tasks.json").is_file()
 
 
-def test_the_command_prints_a_table_or_one_line(tmp_path):
+def test_the_command_prints_a_table_or_one_line(command, tmp_path):
     source, out = write(tmp_path / "source", LEAKY), tmp_path / "out"
     arguments = ["--layout=release", f"--source={source}", f"--out={out}"]
-    done = command(*arguments, "--drop=dev/test,unlabelled")
+    done = command("data.prepare", *arguments, "--drop=dev/test,unlabelled")
     assert (done.returncode, done.stderr) == (0, "")
     head, line, *notes, last = done.stdout.splitlines()
     assert head.split()[:3] == ["task", "metric", "train"]
@@ -222,7 +210,7 @@ def test_the_command_prints_a_table_or_one_line(tmp_path):
         "a: dev/test 2, unlabelled 1; written 5 / 1 / 5",
     ]
     assert f"--set data.root={out} --set data.benchmark=custom" in last
-    again = command(*arguments)
+    again = command("data.prepare", *arguments)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
 

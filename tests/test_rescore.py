@@ -1,8 +1,6 @@
 """Scores from predictions alone: those of the run, and those of the published scripts."""
 
 import json
-import subprocess
-import sys
 
 import golden
 import pytest
@@ -114,18 +112,15 @@ def test_a_metric_that_is_not_known_is_asked_for(tmp_path):
     assert rescore.rescore(run, "sound").results["op"] == 1.0
 
 
-def test_the_command_says_how_it_scored(run, tmp_path):
+def test_the_command_says_how_it_scored(command, run, tmp_path):
     out = tmp_path / "out.html"
-    command = [sys.executable, "-m", "aim_jax.report", run.path, "--out", out]
-    done = subprocess.run([*command, "--scoring=remap=false"], cwd=golden.ROOT)
-    assert done.returncode == 0
+    given = "report", run.path, "--out", out
+    assert command(*given, "--scoring=remap=false").returncode == 0
     assert "predictions scored anew: remap=false" in out.read_text()
     assert json.loads(out.with_suffix(".json").read_text())["runs"][0][
         "op"
     ] == pytest.approx(1 / 3)
-    done = subprocess.run(
-        [*command, "--scoring=no"], cwd=golden.ROOT, capture_output=True, text=True
-    )
+    done = command(*given, "--scoring=no")
     assert done.returncode == 2 and "there are sound, release" in done.stderr
 
 
