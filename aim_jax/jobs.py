@@ -156,7 +156,8 @@ def prepare(
     """Load the data, and by `load` all that no seed changes."""
     found = stream = tasks.load(cfg.data)
     if not cfg.train.validation_leaks:
-        stream = tasks.without_leaks(found, cfg.train.validation_rows)
+        rows = cfg.train.validation_rows
+        stream = [tasks.without_leaks(task, rows) for task in found]
     pairs = zip(found, stream, strict=True)
     usage = {used.name: tasks.usage(task, used) for task, used in pairs}
     held = tasks.held_out(cfg.eval.before_after, cfg.data.limit_test)

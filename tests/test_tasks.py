@@ -309,7 +309,7 @@ def test_validation_mixes_the_first_rows_of_every_shuffled_dev_file():
 
 def test_without_leaks_drops_dev_rows_that_are_test_rows():
     leaky = task(leaks=8)
-    (clean,) = tasks.without_leaks([leaky])
+    clean = tasks.without_leaks(leaky)
     assert clean.dev == leaky.dev[8:]
     assert (clean.train, clean.test) == (leaky.train, leaky.test)
 
@@ -317,10 +317,10 @@ def test_without_leaks_drops_dev_rows_that_are_test_rows():
 @pytest.mark.parametrize("train, given", [(40, 4), (300, 25), (5, 1)])
 def test_without_leaks_gives_train_rows_where_no_dev_row_is_left(train, given):
     leaky = task(train=train, dev=10, test=10, leaks=10)
-    (clean,) = tasks.without_leaks([leaky], rows=25)
+    clean = tasks.without_leaks(leaky, rows=25)
     assert clean.dev == leaky.train[-given:]
     assert clean.train == leaky.train[:-given]
-    assert tasks.without_leaks([clean]) == [clean]
+    assert tasks.without_leaks(clean) == clean
 
 
 def test_usage_counts_what_leaked_and_what_was_done_about_it():
@@ -331,7 +331,7 @@ def test_usage_counts_what_leaked_and_what_was_done_about_it():
     test = [row("a"), row("b")]
     partly = tasks.Task("t", "exact", train, [row("a"), row(" b\n"), row("c")], test)
     wholly = partly._replace(dev=partly.dev[:2])
-    clean, given = tasks.without_leaks([partly, wholly], 25)
+    clean, given = (tasks.without_leaks(task, 25) for task in (partly, wholly))
     fields = ("train", "dev", "test", "dev_in_test", "dropped", "held_out")
     for found, used, expected in (
         (partly, partly, (30, 3, 2, 2, 0, 0)),
@@ -343,9 +343,7 @@ def test_usage_counts_what_leaked_and_what_was_done_about_it():
 
 def test_without_leaks_says_when_there_is_nothing_to_validate_on():
     lonely = task("solo", train=1, dev=3, leaks=3)
-    fails(
-        "solo: all dev rows are test rows.*add dev rows", tasks.without_leaks, [lonely]
-    )
+    fails("solo: all dev rows are test rows.*add dev rows", tasks.without_leaks, lonely)
 
 
 def fails(message, function, *args, **kwargs):
@@ -365,7 +363,7 @@ def test_the_real_benchmarks_load(benchmark):
         for task in loaded:
             assert min(len(task.train), len(task.dev), len(task.test)) >= 16
     if benchmark == "superni":
-        clean = tasks.without_leaks(loaded)
+        clean = [tasks.without_leaks(task) for task in loaded]
         assert all(task.dev == task.test for task in loaded)
         assert {len(task.dev) for task in clean} == {12, 14, 16, 25}
 

@@ -142,7 +142,7 @@ def drop(
                 f"{name}: --drop={','.join(ways)} leaves no {split} row; drop less"
             )
     if not splits["dev"]:
-        (task,) = tasks.without_leaks([tasks.Task(name, "exact", **splits)])
+        task = tasks.without_leaks(tasks.Task(name, "exact", **splits))
         splits = {s: getattr(task, s) for s in tasks.SPLITS}
         dropped["held_out"] = len(task.dev)
     return splits, dropped

@@ -191,8 +191,8 @@ def validation(
     )
 
 
-def without_leaks(tasks: Iterable[Task], rows: int = 25) -> list[Task]:
-    """`tasks` without the dev rows whose input is also that of one of their test rows.
+def without_leaks(task: Task, rows: int = 25) -> Task:
+    """`task` without the dev rows whose input is also that of one of its test rows.
 
     White space does not count.
 
@@ -201,10 +201,6 @@ def without_leaks(tasks: Iterable[Task], rows: int = 25) -> list[Task]:
     train rows: whoever validates on the result must also train on it. What is clean
     already comes back as it is.
     """
-    return [_without_leaks(task, rows) for task in tasks]
-
-
-def _without_leaks(task: Task, rows: int) -> Task:
     dev = _clean(task)
     if dev:
         return task._replace(dev=dev)
