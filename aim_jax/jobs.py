@@ -192,9 +192,14 @@ def write(job: Job) -> None:
     """Write config.json, and the rows that the memory has from the start."""
     text = json.dumps(config.to_json(job.cfg), indent=1)
     logs.write(job.folder / "config.json", text)
-    for number, (task, rows) in enumerate(zip(job.stream, job.memory, strict=False)):
-        file = job.folder / "memory" / f"{number:02d}-{task.name}.jsonl"
+    for number, rows in enumerate(job.memory):
+        file = job.folder / "memory" / f"{numbered(job, number)}.jsonl"
         logs.write_rows(file, rows)
+
+
+def numbered(job: Job, number: int) -> str:
+    """How files and messages call task `number`."""
+    return f"{number:02d}-{job.stream[number].name}"
 
 
 def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.Row]]:
@@ -202,11 +207,11 @@ def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.
 
     None yet of those that are to be written (`synthesise`).
     """
-    if cfg.source == "model" and not cfg.replay:
-        return []
     if cfg.replay:
         # The last task is rehearsed by none.
         return [tasks.remembered(cfg.replay, task.name) for task in stream[:-1]]
+    if cfg.source == "model":
+        return []
     return memory.sample([task.train for task in stream[:-1]], cfg.percent, cfg.rule)
 
 

@@ -140,7 +140,7 @@ def run(
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
-                bar.write(f"after {_numbered(job, number)}: {_listed(job, scores)}")
+                bar.write(f"after {jobs.numbered(job, number)}: {_listed(job, scores)}")
         last = adapter(job, place, len(counts) - 1)
         before_after["after"] = held_out_scores(job, "after", last, seconds)
         facts["before_after"] = before_after if job.held_out else None
@@ -393,7 +393,7 @@ def train_task(
             f"{task.name}: method {job.cfg.method.name} came to no rehearsal in its"
             f" {work['steps']} steps; the memory had no part in this task"
         )
-    folder = job.folder / "adapters" / _numbered(job, number)
+    folder = job.folder / "adapters" / jobs.numbered(job, number)
     made = adapter(job, place, number)
     if logs.leads:
         with logs.writing(folder):
@@ -507,7 +507,7 @@ def evaluate_task(
 ) -> list[float]:
     """Scores on tasks 0..`number`, with the predictions written to disk."""
     began = time.perf_counter()
-    folder = job.folder / "predictions" / _numbered(job, number)
+    folder = job.folder / "predictions" / jobs.numbered(job, number)
     seen, scores = job.stream[: number + 1], []
     if job.method.adapter:
         made = [
@@ -622,7 +622,7 @@ def synthesise(
         ),
         answer=functools.partial(texts, job.decode, adapter(job, place, number)),
     )
-    logs.write_rows(job.folder / "memory" / f"{_numbered(job, number)}.jsonl", rows)
+    logs.write_rows(job.folder / "memory" / f"{jobs.numbered(job, number)}.jsonl", rows)
     seconds["train"] += time.perf_counter() - began
     return rows
 
@@ -781,10 +781,6 @@ def extra_bytes(job: jobs.Job, number: int, place: Place) -> int:
     )
     arrays = (place.memo.arrays, place.state.carry)
     return text + sum(x.nbytes for x in jax.tree.leaves(arrays))
-
-
-def _numbered(job: jobs.Job, number: int) -> str:
-    return f"{number:02d}-{job.stream[number].name}"
 
 
 def _listed(job: jobs.Job, scores: list[float | None]) -> str:
