@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -461,12 +460,11 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
     `speculative`, where the next step is sent before the signals of the last are read.
     """
     job, task = bench.job, bench.task
-    cfg, delta = job.cfg, jobs.fresh(job)
-    state = steps.init(delta, 0, jax.random.key(0))
-    start = run.Place(0, state, methods.Memo(), delta, math.inf)
     # It probes and never merges, so that all ways do the same work.
     watcher = methods.Method(memory=True, probe=1)
-    total = batches.total_steps(len(task.train), cfg.train)
+    watched = dataclasses.replace(job, method=watcher)
+    start = run.beginning(watched)
+    total = batches.total_steps(len(task.train), job.cfg.train)
     ready = [
         (jobs.train_batch(job, task, s)[0], jobs.memory_batch(job, task, [(s, 0)])[0])
         for s in range(1, total + 1)
@@ -474,14 +472,16 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
 
     def loop(speculate: bool) -> Any:
         own = _with(
-            cfg, parallel={"speculate": speculate}, train={"eval_every": total + 1}
+            job.cfg,
+            parallel={"speculate": speculate},
+            train={"eval_every": total + 1},
         )
         nothing = [lambda *given: None] * 2
-        watched = dataclasses.replace(job, cfg=own, method=watcher)
-        return run.train(watched, task, start, *nothing).state
+        alike = dataclasses.replace(watched, cfg=own)
+        return run.train(alike, task, start, *nothing).state
 
     def device() -> Any:
-        after, read = steps.init(delta, total, jax.random.key(0)), []
+        after, read = start.state._replace(total=np.int32(total)), []
         after = jax.device_put(after, job.devices.replicated)
         for batch, memory in ready:
             given = job.base.params, after, (), batch, memory
