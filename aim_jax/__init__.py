@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import pathlib
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +24,21 @@ def command(
     argv: Sequence[str],
     leave: Callable[[int], None] = sys.exit,
     stopped: str = "stopped",
+    needed: Sequence[str] = (),
 ) -> Iterator[None]:
     """The body of a command that takes flags alone: an InputError is one line and status 2.
 
-    stopped: what Ctrl-C, status 130, says.
+    stopped: what Ctrl-C, status 130, says; needed: flags that must be given. Nothing of
+    level INFO is said: of devices (JAX) and libraries (`datasets`) that are not there.
     """
-    quiet()
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     try:
         if len(argv) > 1:
             raise InputError(f"'{argv[1]}': give values as --flag=value")
+        for flag in (flags.FLAGS[name] for name in needed):
+            if not flag.value:
+                raise InputError(f"--{flag.name} is missing: {flag.help}")
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,10 +48,10 @@ def command(
         leave(130)
 
 
-def quiet() -> None:
-    """Say nothing of level INFO: of devices (JAX) and libraries (`datasets`) not there."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def check_new(out: pathlib.Path) -> None:
+    """Raise InputError if there is something in the folder `out`, of a flag --out."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} is not empty; give a new folder")
 
 
 def keep_memory() -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -139,11 +138,6 @@ def of_shape(cfg: config.Config, shape: Shape) -> config.Config:
         memory={"batch_size": shape.rows},
         eval={"max_length": shape.target + 1},
     )
-
-
-def opened(cfg: config.Config) -> parallel.Devices:
-    """The devices of a run of `cfg`."""
-    return parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
 
 
 def plain(
@@ -393,7 +387,7 @@ def first(cfg: config.Config, shape: Shape) -> dict[str, Any]:
     moments: when the step was on its way, all compiled, and when it was done.
     processor_seconds: of the process until then, without the loading of the weights.
     """
-    devices = opened(cfg)
+    devices = jobs.open_devices(cfg)
     base, spent = elapsed(lambda: hf.load(cfg.model, devices))
     bench = plain(cfg, shape, 1, 1, devices, base)
     job, (state, memo) = bench.job, _state(bench, 1)
@@ -466,12 +460,11 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
     `speculative`, where the next step is sent before the signals of the last are read.
     """
     job, task = bench.job, bench.task
-    cfg, delta = job.cfg, jobs.fresh(job)
-    state = steps.init(delta, 0, jax.random.key(0))
-    start = run.Place(0, state, methods.Memo(), delta, math.inf)
     # It probes and never merges, so that all ways do the same work.
     watcher = methods.Method(memory=True, probe=1)
-    total = batches.total_steps(len(task.train), cfg.train)
+    watched = dataclasses.replace(job, method=watcher)
+    start = run.beginning(watched)
+    total = batches.total_steps(len(task.train), job.cfg.train)
     ready = [
         (jobs.train_batch(job, task, s)[0], jobs.memory_batch(job, task, [(s, 0)])[0])
         for s in range(1, total + 1)
@@ -479,16 +472,16 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
 
     def loop(speculate: bool) -> Any:
         own = _with(
-            cfg, parallel={"speculate": speculate}, train={"eval_every": total + 1}
+            job.cfg,
+            parallel={"speculate": speculate},
+            train={"eval_every": total + 1},
         )
         nothing = [lambda *given: None] * 2
-        place = run.train(
-            dataclasses.replace(job, cfg=own), watcher, task, start, *nothing
-        )
-        return place.state
+        alike = dataclasses.replace(watched, cfg=own)
+        return run.train(alike, task, start, *nothing).state
 
     def device() -> Any:
-        after, read = steps.init(delta, total, jax.random.key(0)), []
+        after, read = start.state._replace(total=np.int32(total)), []
         after = jax.device_put(after, job.devices.replicated)
         for batch, memory in ready:
             given = job.base.params, after, (), batch, memory
@@ -693,7 +686,7 @@ def benchmark(
     versions = run.versions()
     if {"step", "rehearsal", "fusion", "decode", "idle"} & set(measures):
         if shape:
-            devices = opened(cfg)
+            devices = jobs.open_devices(cfg)
             base = hf.load(cfg.model, devices)
             bench = plain(cfg, shape, prompts, count, devices, base)
         else:
@@ -774,7 +767,7 @@ def _second(job: jobs.Job) -> jobs.Lesson:
 def _state(bench: Bench, count: int) -> tuple[steps.State, Tree]:
     """The state before `count` steps, and the arrays of the method's memo."""
     job = bench.job
-    place = run.beginning(job, job.method)
+    place = run.beginning(job)
     state = steps.init(place.state.delta, count, jax.random.key(0), job.method)
     return jax.device_put((state, place.memo.arrays), job.devices.replicated)
 

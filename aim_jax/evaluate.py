@@ -323,13 +323,13 @@ def embed(
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         batch = batches.prompts(text, [examples[i] for i in chosen], rows)
-        found = parallel.by_rows(_mean, table, {}, batch, devices)
+        found = parallel.by_rows(_mean, table, batch, devices)
         out[chosen] = found[: len(chosen)]
     return out
 
 
 @jax.jit
-def _mean(table: jax.Array, _: Tree, batch: dict[str, jax.Array]) -> jax.Array:
+def _mean(table: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     real = batch["mask"].astype(jnp.float32)
     found = jnp.take(table, batch["inputs"], axis=0).astype(jnp.float32)
     total = jnp.einsum("bti,bt->bi", found, real)

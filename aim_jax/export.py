@@ -82,16 +82,10 @@ def write(
     file = workdir / "config.json"
     if not file.is_file():
         raise aim_jax.InputError(f"--workdir {workdir}: no config.json; not a run")
-    check_new(out)
+    aim_jax.check_new(out)
     cfg = config.from_json(records.read_json(file))
     source = adapter(workdir, task)
     {"peft": peft, "merged": merged}[kind](cfg, source, out)
-
-
-def check_new(out: pathlib.Path) -> None:
-    """Raise InputError if there is something in the folder `out`."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise aim_jax.InputError(f"--out {out} is not empty; give a new folder")
 
 
 def command(
@@ -99,16 +93,13 @@ def command(
 ) -> None:
     """A command that makes the folder --out: it ends with its name, or an error and 2.
 
-    argv: what is no flag, after the command, which is an error; needed: flags without which
-    there is one.
+    argv: what is no flag, after the command, which is an error; needed: flags beside --out
+    without which there is one.
     """
     values = flags.FLAGS
     # Weights are taken apart and written: no work for an accelerator, nor for its memory.
     jax.config.update("jax_platforms", "cpu")
-    with aim_jax.command(argv):
-        for name in (*needed, "out"):
-            if not values[name].value:
-                raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
+    with aim_jax.command(argv, needed=(*needed, "out")):
         try:
             make(pathlib.Path(values.out).expanduser())
         except OSError as error:

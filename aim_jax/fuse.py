@@ -39,7 +39,7 @@ def fuse(
     """
     if not folders:
         raise aim_jax.InputError("no adapters; name the folders of one or more")
-    export.check_new(out)
+    aim_jax.check_new(out)
     if rank is not None and (rank < 1 or rule.space == "factor"):
         raise aim_jax.InputError(
             f"--rank {rank}: must be at least 1, and is for --space product alone"

@@ -254,9 +254,9 @@ def orthonormal(delta: Tree) -> Tree:
     """
 
     def module(node: Tree) -> Tree:
-        q, r = jnp.linalg.qr(jnp.swapaxes(node["a"], -1, -2))
+        q, r = jnp.linalg.qr(node["a"].mT)
         sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
-        return {"a": jnp.swapaxes(q * sign[..., None, :], -1, -2), "b": node["b"]}
+        return {"a": (q * sign[..., None, :]).mT, "b": node["b"]}
 
     return jax.tree.map(module, delta, is_leaf=_is_module)
 
@@ -446,18 +446,19 @@ def _range(
     """
     width = start.shape[0]
     more = jax.random.normal(jax.random.key(0), (width, OVERSAMPLE), start.dtype)
-    x = _basis(jnp.concatenate([start, more], 1))
+    x = jnp.linalg.qr(jnp.concatenate([start, more], 1)).Q
 
     def turned(_: int, x: jax.Array) -> jax.Array:
         def block(i: jax.Array, total: jax.Array) -> jax.Array:
             matrix = at(i)
             return total + _mm(matrix.T, _mm(matrix, x))
 
-        return _basis(jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(x)))
+        total = jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(x))
+        return jnp.linalg.qr(total).Q
 
     x = jax.lax.fori_loop(0, POWER_STEPS, turned, x)
     parts = jax.lax.map(lambda i: _mm(at(i), x), jnp.arange(blocks))
-    left = _basis(parts.reshape(blocks * rows, -1)[:out])
+    left = jnp.linalg.qr(parts.reshape(blocks * rows, -1)[:out]).Q
     parts = jnp.pad(left, ((0, blocks * rows - out), (0, 0))).reshape(blocks, rows, -1)
     right = jax.lax.fori_loop(
         0,
@@ -477,10 +478,10 @@ def _truncated(left: jax.Array, right: jax.Array, rank: int) -> Tree:
     """
     q_left, r_left = jnp.linalg.qr(left)
     q_right, r_right = jnp.linalg.qr(right)
-    u, s, vt = jnp.linalg.svd(_mm(r_left, _t(r_right)), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(_mm(r_left, r_right.mT), full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
     b = _mm(q_left, u[..., :rank] * root[..., None, :])
-    a = _mm(root[..., None] * vt[..., :rank, :], _t(q_right))
+    a = _mm(root[..., None] * vt[..., :rank, :], q_right.mT)
     spare = rank - root.shape[-1]
     if spare > 0:
         none = [(0, 0)] * (b.ndim - 2)
@@ -492,7 +493,7 @@ def _truncated(left: jax.Array, right: jax.Array, rank: int) -> Tree:
 def _concatenated(module: tuple[Tree, ...]) -> tuple[jax.Array, jax.Array]:
     """left (..., out, sum r), right (..., in, sum r) of adapters side by side."""
     left = jnp.concatenate([m["b"] for m in module], -1)
-    return left, _t(jnp.concatenate([m["a"] for m in module], -2))
+    return left, jnp.concatenate([m["a"] for m in module], -2).mT
 
 
 def _apart(module: tuple[Tree, ...]) -> tuple[list[jax.Array], None]:
@@ -513,7 +514,7 @@ def _cores(
     (q_left, r_left), (q_right, r_right) = jnp.linalg.qr(left), jnp.linalg.qr(right)
     ends = np.cumsum([m["b"].shape[-1] for m in module])[:-1]
     pairs = zip(jnp.split(r_left, ends, -1), jnp.split(r_right, ends, -1), strict=True)
-    return [jnp.stack([_mm(x, _t(y)) for x, y in pairs])], (q_left, q_right)
+    return [jnp.stack([_mm(x, y.mT) for x, y in pairs])], (q_left, q_right)
 
 
 def _largest(entries: Entries, kept: int) -> jax.Array:
@@ -682,11 +683,3 @@ def _sum(values: Sequence[jax.Array], shares: Sequence[jax.Array]) -> jax.Array:
 def _mm(*factors: jax.Array) -> jax.Array:
     """The product of matrices in full float32, on every device."""
     return functools.reduce(functools.partial(jnp.matmul, precision="highest"), factors)
-
-
-def _t(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -1, -2)
-
-
-def _basis(matrix: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(matrix)[0]

@@ -82,9 +82,14 @@ def partial(**fields: Any) -> Job:
     return Job(**blank | fields)
 
 
+def open_devices(cfg: config.Config) -> parallel.Devices:
+    """The devices of a run of `cfg`."""
+    return parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+
+
 def load_model(cfg: config.Config) -> Loaded:
     """Base and tokenizer, and the functions over them, compiled lazily."""
-    devices = parallel.open_devices(cfg.parallel, functools.partial(hf.size, cfg.model))
+    devices = open_devices(cfg)
     base = hf.load(cfg.model, devices)
     folder = hf.directory(cfg.model.path)
     tokenizer = batches.tokenizer(folder)
@@ -151,7 +156,8 @@ def prepare(
     """Load the data, and by `load` all that no seed changes."""
     found = stream = tasks.load(cfg.data)
     if not cfg.train.validation_leaks:
-        stream = tasks.without_leaks(found, cfg.train.validation_rows)
+        rows = cfg.train.validation_rows
+        stream = [tasks.without_leaks(task, rows) for task in found]
     pairs = zip(found, stream, strict=True)
     usage = {used.name: tasks.usage(task, used) for task, used in pairs}
     held = tasks.held_out(cfg.eval.before_after, cfg.data.limit_test)
@@ -186,9 +192,14 @@ def write(job: Job) -> None:
     """Write config.json, and the rows that the memory has from the start."""
     text = json.dumps(config.to_json(job.cfg), indent=1)
     logs.write(job.folder / "config.json", text)
-    for number, (task, rows) in enumerate(zip(job.stream, job.memory, strict=False)):
-        file = job.folder / "memory" / f"{number:02d}-{task.name}.jsonl"
+    for number, rows in enumerate(job.memory):
+        file = job.folder / "memory" / f"{numbered(job, number)}.jsonl"
         logs.write_rows(file, rows)
+
+
+def numbered(job: Job, number: int) -> str:
+    """How files and messages call task `number`."""
+    return f"{number:02d}-{job.stream[number].name}"
 
 
 def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.Row]]:
@@ -196,11 +207,11 @@ def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.
 
     None yet of those that are to be written (`synthesise`).
     """
-    if cfg.source == "model" and not cfg.replay:
-        return []
     if cfg.replay:
         # The last task is rehearsed by none.
         return [tasks.remembered(cfg.replay, task.name) for task in stream[:-1]]
+    if cfg.source == "model":
+        return []
     return memory.sample([task.train for task in stream[:-1]], cfg.percent, cfg.rule)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 import aim_jax
 from aim_jax import config
@@ -103,26 +104,21 @@ def init(key: jax.Array, params: Tree, keys: dict[str, str], cfg: config.Lora) -
 
     params: base tree, or its shapes. Layers stacked on a leading axis stay stacked.
     """
-    delta: Tree = {}
+    flat, delta = traverse_util.flatten_dict(params, sep="/"), {}
     for number, path in enumerate(sorted(targets(keys, cfg))):
-        node: Any = params
-        for part in path.split("/"):
-            node = node[part]
-        *layers, _, width = node["weight"].shape
+        weight = flat[f"{path}/weight"]
+        *layers, _, width = weight.shape
         # Of a quantized weight the scale tells how many outputs there are.
-        out = node.get("scale", node["weight"]).shape[-2]
-        a = jax.random.uniform(
+        out = flat.get(f"{path}/scale", weight).shape[-2]
+        delta[f"{path}/a"] = jax.random.uniform(
             jax.random.fold_in(key, number),
             (*layers, cfg.r, width),
             jnp.float32,
             -(width**-0.5),
             width**-0.5,
         )
-        place = delta
-        for part in path.split("/"):
-            place = place.setdefault(part, {})
-        place.update(a=a, b=jnp.zeros((*layers, out, cfg.r), jnp.float32))
-    return delta
+        delta[f"{path}/b"] = jnp.zeros((*layers, out, cfg.r), jnp.float32)
+    return traverse_util.unflatten_dict(delta, sep="/")
 
 
 def bind(delta: Tree, cfg: config.Lora, train: bool = False) -> Tree:

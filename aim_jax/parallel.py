@@ -187,13 +187,13 @@ def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
 
 
 def by_rows(
-    f: Callable, base: Tree, delta: Tree, batch: dict[str, np.ndarray], devices: Devices
+    f: Callable, base: Tree, batch: dict[str, np.ndarray], devices: Devices
 ) -> np.ndarray:
-    """A jitted `f(base, delta, batch)` of a host batch (rows, length), split by rows."""
+    """A jitted `f(base, batch)` of a host batch (rows, length), split by rows."""
     found = lanes(devices)
     shards = _split(batch) if len(found) > 1 else [batch]
     made = [
-        (lane, f(*lane.own((base, delta)), lane.put(shard)))
+        (lane, f(lane.own(base), lane.put(shard)))
         for lane, shard in zip(found, shards, strict=True)
     ]
     return np.concatenate([lane.get(rows) for lane, rows in made])

@@ -399,18 +399,6 @@ COLLECTIVES: dict[str, Callable[[int], float]] = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-_WIDTH = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-}
-
-
 CONSTANT = r"{} = [su]32\[\]\S* constant\((\d+)\)"  # of that name, in HLO text
 
 
@@ -457,8 +445,8 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
 def _sizes(shapes: str) -> list[int]:
     """Bytes of each array of a type in HLO text."""
     return [
-        _WIDTH.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(","))))
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        int(bits or 8) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+        for bits, dims in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes)
     ]
 
 

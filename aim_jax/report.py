@@ -431,11 +431,8 @@ def _begins(file: pathlib.Path, mark: str) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, files out."""
-    with aim_jax.command(argv[:1]):  # those behind it are folders
-        if not flags.FLAGS.out:
-            raise aim_jax.InputError(
-                "--out FILE.html is missing: where to write the page"
-            )
+    # Those behind the first are folders.
+    with aim_jax.command(argv[:1], needed=("out",)):
         out = pathlib.Path(flags.FLAGS.out).expanduser()
         for suffix, mark in ((".md", "# Runs"), (".json", '{\n "summary"')):
             twin = out.with_suffix(suffix)

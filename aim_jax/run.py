@@ -93,7 +93,7 @@ def run(
         hold(job),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
     ):
-        place, facts = restore(job, job.method, inputs, checkpointer)
+        place, facts = restore(job, inputs, checkpointer)
         matrix, seconds = facts["matrix"], facts["seconds"]
         if writes(job):
             written = job.stream[:-1][: len(matrix)]
@@ -140,7 +140,7 @@ def run(
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
-                bar.write(f"after {_numbered(job, number)}: {_listed(job, scores)}")
+                bar.write(f"after {jobs.numbered(job, number)}: {_listed(job, scores)}")
         last = adapter(job, place, len(counts) - 1)
         before_after["after"] = held_out_scores(job, "after", last, seconds)
         facts["before_after"] = before_after if job.held_out else None
@@ -244,7 +244,6 @@ def hold(job: jobs.Job) -> Iterator[None]:
 
 def restore(
     job: jobs.Job,
-    method: methods.Method,
     inputs: dict[str, str],
     checkpointer: checkpoint.Checkpointer,
 ) -> tuple[Place, dict[str, Any]]:
@@ -252,7 +251,7 @@ def restore(
 
     Without one they are those of a new run. Raises InputError if the inputs have changed.
     """
-    place = beginning(job, method)
+    place = beginning(job)
     facts: dict[str, Any] = {
         "inputs": inputs,
         "matrix": [],
@@ -276,9 +275,9 @@ def restore(
     return unpack(place, arrays, facts), facts
 
 
-def beginning(job: jobs.Job, method: methods.Method) -> Place:
+def beginning(job: jobs.Job) -> Place:
     """The place before the first task."""
-    delta = jobs.fresh(job)
+    delta, method = jobs.fresh(job), job.method
     memo = methods.Memo()
     if method.start:
         memo = method.start(delta, len(job.stream))
@@ -384,7 +383,7 @@ def train_task(
         save(place)
 
     work, whole = collections.Counter(job.work), place.step == 0
-    place = train(job, job.method, task, place, log, timed)
+    place = train(job, task, place, log, timed)
     if not task.train:
         return place
     work = job.work - work
@@ -394,7 +393,7 @@ def train_task(
             f"{task.name}: method {job.cfg.method.name} came to no rehearsal in its"
             f" {work['steps']} steps; the memory had no part in this task"
         )
-    folder = job.folder / "adapters" / _numbered(job, number)
+    folder = job.folder / "adapters" / jobs.numbered(job, number)
     made = adapter(job, place, number)
     if logs.leads:
         with logs.writing(folder):
@@ -409,17 +408,17 @@ def adapter(job: jobs.Job, place: Place, number: int) -> Tree:
     """What task `number` is evaluated with, and exported, after the task at `place`."""
     if job.method.adapter:
         return job.method.adapter(place.state.delta, place.memo, number)
-    return composed(job.method, place.state.delta, place.memo)
+    return composed(job, place.state.delta, place.memo)
 
 
-def composed(method: methods.Method, delta: Tree, memo: methods.Memo) -> Tree:
+def composed(job: jobs.Job, delta: Tree, memo: methods.Memo) -> Tree:
     """The adapter that the model runs with in training."""
-    return method.compose(delta, memo.arrays) if method.compose else delta
+    compose = job.method.compose
+    return compose(delta, memo.arrays) if compose else delta
 
 
 def train(
     job: jobs.Job,
-    method: methods.Method,
     task: jobs.Lesson,
     place: Place,
     log: Callable[[str, dict[str, Any]], None],
@@ -431,7 +430,7 @@ def train(
     method answers them with another state, that step is dropped and sent again, so the
     trajectory is that of the plain loop. Raises InputError when a loss is not finite.
     """
-    cfg = job.cfg
+    cfg, method = job.cfg, job.method
     first, state, memo, best, best_loss = place
     total = batches.total_steps(len(task.train), cfg.train)
     probing = bool(method.probe and task.memory)
@@ -490,7 +489,7 @@ def train(
         if going_on and (moved or not cfg.parallel.speculate):
             ahead = dispatch(state, memo, step + 1)
         if validation and step % cfg.train.eval_every == 0:
-            running = composed(method, state.delta, memo)
+            running = composed(job, state.delta, memo)
             loss = _validation_loss(job, running, validation)
             log(logs.METRICS, {"step": step, "validation": loss})
             if loss < best_loss:
@@ -508,7 +507,7 @@ def evaluate_task(
 ) -> list[float]:
     """Scores on tasks 0..`number`, with the predictions written to disk."""
     began = time.perf_counter()
-    folder = job.folder / "predictions" / _numbered(job, number)
+    folder = job.folder / "predictions" / jobs.numbered(job, number)
     seen, scores = job.stream[: number + 1], []
     if job.method.adapter:
         made = [
@@ -623,7 +622,7 @@ def synthesise(
         ),
         answer=functools.partial(texts, job.decode, adapter(job, place, number)),
     )
-    logs.write_rows(job.folder / "memory" / f"{_numbered(job, number)}.jsonl", rows)
+    logs.write_rows(job.folder / "memory" / f"{jobs.numbered(job, number)}.jsonl", rows)
     seconds["train"] += time.perf_counter() - began
     return rows
 
@@ -696,12 +695,14 @@ def learn_alone(
     began = time.perf_counter()
     alone = jobs.alone(job, task)
     work = collections.Counter()
-    apart = dataclasses.replace(job, start=None, steps=job.plain, work=work)
     # With a probe, which stays empty, its steps are in the compilation cache already.
     method = methods.Method(probe=job.method.probe)
+    apart = dataclasses.replace(
+        job, start=None, steps=job.plain, method=method, work=work
+    )
     total = batches.total_steps(len(alone.train), job.cfg.train)
     with checkpoint.open(job.folder / "single" / task.name, 1) as checkpointer:
-        place, facts = restore(apart, method, inputs, checkpointer)
+        place, facts = restore(apart, inputs, checkpointer)
         own, before = facts["seconds"], facts["seconds"]["single"]
         bar = logs.bar(total, place.step, job.cfg.logs.progress)
         bar.set_description(f"single {task.name}")
@@ -715,7 +716,7 @@ def learn_alone(
             keep(apart, checkpointer, place, facts, 0, total)
 
         with bar:
-            place = train(apart, method, alone, place, log, save)
+            place = train(apart, alone, place, log, save)
     (made,) = predict(job, place.state.delta, [task])
     seconds["single"] += before + time.perf_counter() - began
     seconds["total"] += before  # What came since is counted by `run`.
@@ -780,10 +781,6 @@ def extra_bytes(job: jobs.Job, number: int, place: Place) -> int:
     )
     arrays = (place.memo.arrays, place.state.carry)
     return text + sum(x.nbytes for x in jax.tree.leaves(arrays))
-
-
-def _numbered(job: jobs.Job, number: int) -> str:
-    return f"{number:02d}-{job.stream[number].name}"
 
 
 def _listed(job: jobs.Job, scores: list[float | None]) -> str:

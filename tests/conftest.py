@@ -2,7 +2,11 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
+
+import pytest
 
 # Before jax starts, which reads all of these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,3 +18,18 @@ os.environ.setdefault(
     str(pathlib.Path(tempfile.gettempdir()) / f"aim_jax-{os.getuid()}" / "jax"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="session")
+def command():
+    """The finished process of a command: command("report", argument, ...)."""
+
+    def call(name, *arguments):
+        return subprocess.run(
+            [sys.executable, "-m", f"aim_jax.{name}", *map(str, arguments)],
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+
+    return call

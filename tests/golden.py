@@ -27,6 +27,11 @@ FOLDER = pathlib.Path(os.environ.get("AIM_JAX_GOLDEN", ROOT / "../shared/golden"
 needed = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no recorded run in {FOLDER}; see AIM_JAX_GOLDEN"
 )
+# Whole benchmarks, in the layout of `data.root`.
+DATA = ROOT / "../shared/data"
+benchmarks = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"no benchmark data in {DATA}"
+)
 
 Trace = dict[str, np.ndarray]
 

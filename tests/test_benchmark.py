@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import golden
 import jax
@@ -19,7 +17,6 @@ from aim_jax.data import batches
 from aim_jax.methods import sequential
 from aim_jax.models import hf
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 SHAPE = benchmark.Shape(rows=4, length=16, target=4)
 FAMILIES = {"t5": ("q", "v"), "qwen3": ("q_proj", "v_proj")}
 
@@ -108,7 +105,7 @@ def test_figures_of_real_rows():
 
 
 def random_rows(cfg, shape):
-    devices = benchmark.opened(cfg)
+    devices = jobs.open_devices(cfg)
     return benchmark.plain(cfg, shape, 5, 1, devices, hf.load(cfg.model, devices))
 
 
@@ -283,8 +280,8 @@ def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
     rounds, ends = 2, {False: [], True: []}
     train = run.train
 
-    def watched(job, method, task, place, log, save):
-        after = train(job, method, task, place, log, save)
+    def watched(job, task, place, log, save):
+        after = train(job, task, place, log, save)
         ends[job.cfg.parallel.speculate].append(after.state.delta)
         return after
 
@@ -319,21 +316,19 @@ def test_padding_is_counted():
     assert read["tokens"] >= 1 and read["steps"] >= 1 and 0 < read["shared"] < 1
 
 
-def test_bad_input_is_one_line():
-    command = [sys.executable, "-m", "aim_jax.benchmark", "--set=train.epocs=3"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_bad_input_is_one_line(command):
+    done = command("benchmark", "--set=train.epocs=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --set train.epocs=3: no train field 'epocs'")
     assert done.stderr.count("\n") == 1
 
 
-def test_what_was_measured_is_not_lost(tmp_path):
+def test_what_was_measured_is_not_lost(command, tmp_path):
     """Markdown has the name of the JSON, and a folder may be no place to write it."""
 
     def call(out):
-        command = [sys.executable, "-m", "aim_jax.benchmark", "--measure=fusion"]
-        command += ["--rounds=1", "--steps=1", "--length=8", "--rows=1", f"--out={out}"]
-        return subprocess.run(command, capture_output=True, text=True)
+        given = "--measure=fusion", "--rounds=1", "--steps=1", "--length=8", "--rows=1"
+        return command("benchmark", *given, f"--out={out}")
 
     for out in (tmp_path / "a.md", tmp_path / "none" / "a.json"):
         done = call(out)

@@ -44,8 +44,8 @@ def job(argv):
     batch = parallel.place({"inputs": rows[None]}, devices)["inputs"]
     own = sorted(int(s.data[0, 0, 0]) for s in batch.addressable_shards)
     assert own == [24 * me + 6 * i for i in range(4)], own
-    double = jax.jit(lambda base, delta, batch: batch["rows"] * 2)
-    found = parallel.by_rows(double, (), (), {"rows": rows}, devices)
+    double = jax.jit(lambda base, batch: batch["rows"] * 2)
+    found = parallel.by_rows(double, (), {"rows": rows}, devices)
     assert np.array_equal(found, rows * 2)
     total = parallel.compile(lambda x: x.sum(), devices, batch=0, args=1)(batch)
     assert float(total) == rows.sum()

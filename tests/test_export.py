@@ -1,9 +1,8 @@
 """The command that takes adapters and merged models out of a run."""
 
+import functools
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -125,36 +124,32 @@ def test_more_than_a_hundred_tasks(tmp_path):
         export.adapter(tmp_path, "one")
 
 
-def test_a_tilde_is_the_home_folder(workdir, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(command, workdir, tmp_path, monkeypatch):
     """As for --workdir of the main job: no shell replaces it behind `--flag=`."""
     monkeypatch.setenv("HOME", str(workdir.parent))
-    command = [sys.executable, "-m", "aim_jax.export", "--format", "peft"]
-    command += [f"--workdir=~/{workdir.name}", f"--out=~/{tmp_path.name}-out"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    given = f"--workdir=~/{workdir.name}", f"--out=~/{tmp_path.name}-out"
+    done = command("export", "--format", "peft", *given)
     assert done.returncode == 0, done.stderr
     assert (workdir.parent / f"{tmp_path.name}-out/adapter_config.json").is_file()
 
 
-def test_command(workdir, tmp_path):
+def test_command(command, workdir, tmp_path):
     """The command itself: its files, its exit codes, its one line of an error."""
 
-    def call(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "aim_jax.export", "--workdir", str(workdir)]
-        return subprocess.run([*command, *args], capture_output=True, text=True)
-
+    call = functools.partial(command, "export", "--workdir", workdir)
     out = tmp_path / "out"
-    done = call("--format", "merged", "--out", str(out), "--task", "sst-2")
+    done = call("--format", "merged", "--out", out, "--task", "sst-2")
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     assert (out / "model.safetensors").is_file()
-    failed = call("--format", "peft", "--out", str(tmp_path / "b"), "--task", "c")
+    failed = call("--format", "peft", "--out", tmp_path / "b", "--task", "c")
     assert failed.returncode == 2
     assert (
         failed.stderr == "error: --task: no adapter after 'c'; there are sst-2, yelp\n"
     )
-    failed = call("--format", "peft", "--out", str(tmp_path / "b"), "sst-2")
+    failed = call("--format", "peft", "--out", tmp_path / "b", "sst-2")
     assert failed.returncode == 2 and "'sst-2': give values as" in failed.stderr
     (tmp_path / "file").touch()
-    failed = call("--format", "peft", "--out", str(tmp_path / "file" / "b"))
+    failed = call("--format", "peft", "--out", tmp_path / "file" / "b")
     assert failed.returncode == 2 and failed.stderr.startswith("error: --out")
     failed = call("--format", "peft")
     assert failed.returncode == 2 and "--out is missing" in failed.stderr

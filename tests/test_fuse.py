@@ -1,6 +1,6 @@
 """The command that merges PEFT adapters."""
 
-import importlib.util
+import functools
 import json
 import pathlib
 import subprocess
@@ -18,8 +18,6 @@ BASE = make_models.FOLDER / "gemma3"
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PATH = "base_model.model.model.layers.0.self_attn.q_proj/a"
 NAME = PATH.replace("/a", ".lora_A.weight")
-# PEFT asks for an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 
 
 def write(folder: pathlib.Path, seed: int, rank: int = 2, **settings) -> pathlib.Path:
@@ -164,14 +162,10 @@ def test_adapters_that_do_not_go_together(settings, tensors, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path):
+def test_command(command, tmp_path):
     """Flags, exit codes and the one line of an error."""
     folders = [str(write(tmp_path / name, seed)) for seed, name in enumerate("ab")]
-
-    def call(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "aim_jax.fuse", *args]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    call = functools.partial(command, "fuse")
     out = str(tmp_path / "out")
     options = ["--method", "task_arithmetic", "--weights", "1,-2", "--scale", "0.5"]
     done = call(*options, *folders, "--out", out)
@@ -203,10 +197,6 @@ def test_a_folder_that_is_not_there(tmp_path):
         fuse.fuse([], fusion.Rule("linear"), tmp_path / "out")
 
 
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(m) for m in ("torch", "peft")),
-    reason="torch or peft is not installed",
-)
 @pytest.mark.parametrize(
     ("ours", "theirs", "weights"),
     [
@@ -219,8 +209,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 )
 def test_peft_merges_alike(ours, theirs, weights, tmp_path):
     """PEFT loads what is written, and its own merge changes the weights as ours does."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     folders = [write(tmp_path / name, seed) for seed, name in enumerate("ab")]
     fuse.fuse(folders, ours, tmp_path / "out", weights)
     model = peft.PeftModel.from_pretrained(make_models.load(BASE), folders[0], "a")

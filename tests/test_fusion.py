@@ -1,7 +1,5 @@
 """Fusion and merges against their formulas in NumPy, on whole matrices."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,6 @@ from aim_jax import fusion
 LAYERS, OUT, WIDTH, RANK = 2, 11, 7, 3
 WEIGHTS = (1.0, 0.5, 2.0)
 FACTOR, PRODUCT = fusion.SPACES
-torch_needed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(m) for m in ("torch", "peft")),
-    reason="torch or peft is not installed",
-)
 
 
 def adapter(seed: int, rank: int = RANK, out: int = OUT, width: int = WIDTH):
@@ -534,13 +528,11 @@ def test_what_cannot_be_merged(rule, weights, words):
         fusion.merge([adapter(0), adapter(1)], rule, weights)
 
 
-@torch_needed
 @pytest.mark.parametrize("density", [0.2, 0.7])
 def test_ties_as_peft(density):
     """PEFT's own ties, sign by total, on every factor and on every product."""
-    import torch
-    from peft.utils import merge_utils
-
+    torch = pytest.importorskip("torch")
+    merge_utils = pytest.importorskip("peft.utils.merge_utils")
     trees = [adapter(seed) for seed in range(3)]
     for space in fusion.SPACES:
         merged = fusion.merge(
@@ -555,12 +547,10 @@ def test_ties_as_peft(density):
         close(merged, expected, space)
 
 
-@torch_needed
 def test_linear_as_peft():
     """PEFT's `linear` is a sum with the roots of the weights on A and on B."""
-    import torch
-    from peft.utils import merge_utils
-
+    torch = pytest.importorskip("torch")
+    merge_utils = pytest.importorskip("peft.utils.merge_utils")
     trees = [adapter(seed) for seed in range(3)]
     rule = fusion.Rule("task_arithmetic", FACTOR, scale=1.0, roots=True)
     merged = fusion.merge(trees, rule, (1.0, -0.5, 2.0))

@@ -434,15 +434,14 @@ def test_the_best_checkpoint_is_the_recorded_one(kit, name):
         text=kit.text,
         devices=kit.devices,
         steps=steps.Steps(train, None, None, validate, None),
+        method=methods.Method(),
         work=collections.Counter(),
     )
     zero = np.float32(0)
     state = steps.init(zero, 0, jax.random.key(0))
     start = run.Place(0, state, methods.Memo(), zero, np.inf)
     lesson = jobs.Lesson(name, 0, rows, [example], [], (0, 0))
-    end = run.train(
-        job, methods.Method(), lesson, start, lambda *a: None, lambda *a: None
-    )
+    end = run.train(job, lesson, start, lambda *a: None, lambda *a: None)
     assert job.work["steps"] == len(data["lr"])
     assert not losses
     assert int(end.state.delta) == data["best_step"]

@@ -429,18 +429,9 @@ def test_an_example_is_a_report_and_its_pictures(project):
     assert bash(project, "example.sh", "order4").returncode == 2
 
 
-def command(*args):
-    """The finished process of the main job."""
-    return subprocess.run(
-        [sys.executable, "-m", "aim_jax.main", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_the_command_ends_with_one_line_and_code_2(tmp_path):
+def test_the_command_ends_with_one_line_and_code_2(command, tmp_path):
     done = command(
+        "main",
         "--config=configs/quickstart.py",
         f"--workdir={tmp_path / 'run'}",
         "--set=train.epocs=3",
@@ -453,8 +444,8 @@ def test_the_command_ends_with_one_line_and_code_2(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_flag_is_named():
-    done = command("--confg=configs/quickstart.py")
+def test_an_unknown_flag_is_named(command):
+    done = command("main", "--confg=configs/quickstart.py")
     assert done.returncode == 1
     assert "Unknown command line flag 'confg'. Did you mean: config" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,6 +1,5 @@
 """The delta: which layers have one, its arithmetic, and its way through PEFT's files."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -15,13 +14,6 @@ from fixtures import make_models
 import aim_jax
 from aim_jax import config, lora
 from aim_jax.models import hf
-
-# PEFT asks for an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
-peft_needed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(m) for m in ("torch", "peft")),
-    reason="torch or peft is not installed",
-)
 
 
 def abstract(name: str):
@@ -275,7 +267,6 @@ def test_files_that_are_not_there(adapter):
         load(adapter)
 
 
-@peft_needed
 @pytest.mark.parametrize(
     ("name", "target"),
     [
@@ -287,8 +278,7 @@ def test_files_that_are_not_there(adapter):
 )
 def test_peft_scales_alike(name, target, tmp_path):
     """Rank-stabilised scale, targets and a new rank mean the same there."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     t5 = "t5" in name
     cfg = config.Lora(r=3, alpha=5.0, target=(target,), use_rslora=True)
     keys, delta = random_delta(name, cfg)

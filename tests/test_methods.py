@@ -88,15 +88,13 @@ class Lessons:
         return dataclasses.replace(job, cfg=cfg, method=method, steps=made)
 
     def start(self, job):
-        return run.beginning(job, job.method)
+        return run.beginning(job)
 
     def train(self, job, number, place, save=lambda place: None):
         """The place after the task, and what was logged."""
         logged = []
         task = jobs.lesson(job, number)
-        after = run.train(
-            job, job.method, task, place, lambda *row: logged.append(row), save
-        )
+        after = run.train(job, task, place, lambda *row: logged.append(row), save)
         return after, logged
 
 

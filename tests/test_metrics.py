@@ -4,29 +4,15 @@ The recorded numbers are those of the PyTorch release's scripts. They change onl
 evaluators turn out to do something else.
 """
 
-import gzip
-import json
-import os
-import pathlib
 import subprocess
 import sys
 
+import golden
 import pytest
 
 import aim_jax
 from aim_jax import metrics
 from aim_jax.data import tasks
-
-ROOT = pathlib.Path(__file__).parents[1]
-GOLDEN = pathlib.Path(os.environ.get("AIM_JAX_GOLDEN", ROOT / "../shared/golden"))
-golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"no recorded traces in {GOLDEN}; see AIM_JAX_GOLDEN"
-)
-
-
-def recorded(name):
-    data = (GOLDEN / name).read_bytes()
-    return json.loads(gzip.decompress(data) if name.endswith(".gz") else data)
 
 
 def superni(name):
@@ -133,13 +119,13 @@ def test_bad_schemes_list_what_there_is(text):
 
 def test_importing_metrics_leaves_out_the_slow_package():
     code = "import sys, aim_jax.metrics; sys.exit('rouge_score' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=golden.ROOT).returncode == 0
 
 
-@golden
+@golden.needed
 def test_recorded_run_has_the_published_op_bwt_and_fwt():
-    expected = recorded("metrics.json")
-    predictions = recorded("predictions.json.gz")
+    expected = golden.read("metrics.json")
+    predictions = golden.read("predictions.json.gz")
 
     def scores(kind):
         return [
@@ -165,9 +151,9 @@ def test_recorded_run_has_the_published_op_bwt_and_fwt():
     assert metrics.fwt(matrix, single) == pytest.approx(expected["fwt"], abs=1e-12)
 
 
-@golden
+@golden.needed
 def test_scorings_reproduce_the_three_superni_scripts():
-    data = recorded("superni_metrics.json.gz")
+    data = golden.read("superni_metrics.json.gz")
 
     release, sound = (metrics.SCHEMES[name] for name in ("release", "sound"))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -21,13 +20,6 @@ from aim_jax.models import decoder, flash, hf, layers
 
 NAMES = sorted(make_models.CONFIGS)
 DECODERS = [n for n in NAMES if "t5" not in n]
-
-# PEFT asks for an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
-torch_needed = pytest.mark.skipif(
-    not all(importlib.util.find_spec(m) for m in ("torch", "transformers", "peft")),
-    reason="torch, transformers or peft is not installed",
-)
 
 
 @functools.cache
@@ -72,13 +64,13 @@ def test_recorded(name):
 LIVE = ("t5", "llama3")
 
 
-@torch_needed
 @pytest.mark.parametrize(
     "name",
     [n if n in LIVE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
 def test_live(name, tmp_path):
     """The same on other rows with the PyTorch that is installed, and what we export."""
+    pytest.importorskip("peft")
     folder = make_models.FOLDER / name
     rows = make_models.rows(make_models.CONFIGS[name]["vocab_size"], seed=1)
     expected = make_models.record(folder, rows, folder / "adapter")
@@ -116,9 +108,9 @@ def test_bfloat16(name):
     "AIM_JAX_GEMMA" not in os.environ,
     reason="AIM_JAX_GEMMA does not point to a Gemma 3 270M directory",
 )
-@torch_needed
 def test_gemma_270m(tmp_path):
     """The real weights; their logits are an order of magnitude larger."""
+    pytest.importorskip("peft")
     folder = pathlib.Path(os.environ["AIM_JAX_GEMMA"])
     expected = parity.gemma(folder, tmp_path / "adapter")
     opened = parity.open_case(folder, tmp_path / "adapter", parity.GEMMA_RATE)
@@ -511,7 +503,6 @@ def test_attention_is_judged_by_the_devices_that_run_it(attention):
 LONG = {"original_max_position_embeddings": 8192}
 
 
-@torch_needed
 @pytest.mark.parametrize(
     ("rope", "beside"),
     [
@@ -524,6 +515,7 @@ LONG = {"original_max_position_embeddings": 8192}
 )
 def test_frequencies(rope, beside):
     """Angles agree with transformers' to the last bit or the one before, at full size."""
+    pytest.importorskip("torch")
     import transformers
     from transformers.models.llama import modeling_llama
 

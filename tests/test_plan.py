@@ -4,8 +4,6 @@ import functools
 import importlib.util
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +78,11 @@ def test_bytes_of_collectives(known, limit, stride, times, group):
     reduced = 16 * 4 * 2 * 1 / 2
     # One of the entry, and one of two fusions.
     assert found == times * gathered + 2 * reduced
+
+
+def test_bytes_of_arrays():
+    text = "(pred[3], bf16[2,4]{1,0:T(8,128)(2,1)}, f64[2], u32[])"
+    assert plan._sizes(text) == [3, 16, 16, 4]
 
 
 KERNELS = """HloModule step
@@ -185,21 +188,17 @@ SMALL = (
 )
 
 
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "aim_jax.plan", *flags], capture_output=True, text=True
-    )
-
-
-def test_command_on_cpu_devices():
-    done = command(*SMALL, "--devices=2", "--program=probe", "--json")
+def test_command_on_cpu_devices(command):
+    done = command("plan", *SMALL, "--devices=2", "--program=probe", "--json")
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, done.stdout.splitlines())
     assert row["program"] == "probe"
     assert row["bytes"] > row["argument_bytes"] > 0
     assert row["flops"] == row["needed_flops"] > 0
     # What crosses devices are the split weights, whatever the rows hold.
-    longer = command(*SMALL, "--devices=2", "--program=probe", "--json", "--length=64")
+    longer = command(
+        "plan", *SMALL, "--devices=2", "--program=probe", "--json", "--length=64"
+    )
     moved = json.loads(longer.stdout)["collective_bytes"]
     assert moved == row["collective_bytes"] > 0
 
@@ -237,8 +236,8 @@ def test_what_a_train_step_needs_and_computes_anew(remat, more):
         (["--devices=1", "--length=16"], "--length 16: a row has its answer in it"),
     ],
 )
-def test_bad_input_is_one_line(flags, message):
-    done = command("--config=configs/quickstart.py", *flags)
+def test_bad_input_is_one_line(command, flags, message):
+    done = command("plan", "--config=configs/quickstart.py", *flags)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
@@ -247,7 +246,7 @@ def test_bad_input_is_one_line(flags, message):
     not importlib.util.find_spec("jax_cuda12_plugin"),
     reason="the GPU compiler is not installed (pip install 'jax[cuda12]')",
 )
-def test_gpus_that_need_not_be_there():
+def test_gpus_that_need_not_be_there(command):
     """No attention keeps scores, a fused one moves none; eight GPUs share a base.
 
     Decoding reads a layer's keys and values where they lie.
@@ -255,6 +254,7 @@ def test_gpus_that_need_not_be_there():
 
     def planned(program, topology, attention="xla", shape="qwen3_1p7b", length=512):
         done = command(
+            "plan",
             f"--config=configs/{shape}.py",
             f"--set=model.path=configs/shapes/{shape}",
             "--set=model.dtype=bfloat16",
@@ -292,11 +292,12 @@ def test_gpus_that_need_not_be_there():
     reason="the TPU compiler is not installed (pip install 'jax[tpu]')",
 )
 @pytest.mark.parametrize("tensor", [1, 4])
-def test_tpus_that_need_not_be_there(tensor):
+def test_tpus_that_need_not_be_there(command, tensor):
     """Attention in tiles, of which no score is counted, compiles by Mosaic."""
 
     def train(attention):
         done = command(
+            "plan",
             "--config=configs/t5_large.py",
             "--set=model.path=configs/shapes/t5_small",
             "--set=model.dtype=bfloat16",

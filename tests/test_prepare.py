@@ -1,22 +1,14 @@
 """Prepared folders: what the report counts, what a drop takes, and the command itself."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import golden
 import pytest
 
 import aim_jax
 from aim_jax import config
 from aim_jax.data import prepare, sources, tasks
-
-ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT / "../shared/data"
-benchmarks = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no benchmark data in {SHARED}"
-)
 
 
 def rows(*inputs, output="x"):
@@ -146,7 +138,7 @@ def test_labels_that_no_prompt_offers_are_told(tmp_path):
 def test_nothing_is_written_over_and_nothing_is_half_written(tmp_path):
     prepared(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(aim_jax.InputError, match="out is not empty; name a new folder"):
+    with pytest.raises(aim_jax.InputError, match="out is not empty; give a new folder"):
         prepared(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(aim_jax.InputError, match="leaves no train row"):
@@ -183,7 +175,7 @@ def test_wrong_names_list_the_right_ones(tmp_path):
     ],
 )
 def test_settings_read_a_benchmark_as_one(names, expected):
-    kinds = {name: prepare.KNOWN.get(name, "exact") for name in names}
+    kinds = {name: tasks.KNOWN.get(name, "exact") for name in names}
     text = prepare.settings(kinds, pathlib.Path("D"))
     assert text == f"--set data.root=D --set {expected}"
 
@@ -193,29 +185,20 @@ def test_settings_keep_the_metric_of_a_task_that_is_named_as_a_known_one():
     assert text == "--set data.root=D --set data.benchmark=custom --set data.tasks=cb"
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "aim_jax.data.prepare", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "source", LEAKY)
-    done = command("--layout=release", "--source=~/source", "--out=~/out")
+    done = command(
+        "data.prepare", "--layout=release", "--source=~/source", "--out=~/out"
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/tasks.json").is_file()
 
 
-def test_the_command_prints_a_table_or_one_line(tmp_path):
+def test_the_command_prints_a_table_or_one_line(command, tmp_path):
     source, out = write(tmp_path / "source", LEAKY), tmp_path / "out"
     arguments = ["--layout=release", f"--source={source}", f"--out={out}"]
-    done = command(*arguments, "--drop=dev/test,unlabelled")
+    done = command("data.prepare", *arguments, "--drop=dev/test,unlabelled")
     assert (done.returncode, done.stderr) == (0, "")
     head, line, *notes, last = done.stdout.splitlines()
     assert head.split()[:3] == ["task", "metric", "train"]
@@ -227,9 +210,9 @@ def test_the_command_prints_a_table_or_one_line(tmp_path):
         "a: dev/test 2, unlabelled 1; written 5 / 1 / 5",
     ]
     assert f"--set data.root={out} --set data.benchmark=custom" in last
-    again = command(*arguments)
+    again = command("data.prepare", *arguments)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: --out: {out} is not empty; name a new folder\n"
+    assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
 
 
 @pytest.fixture(scope="module")
@@ -239,12 +222,12 @@ def released():
     names["superni"] = ["task1590", "task1572", "task639"]
     found = {}
     for benchmark in names:
-        readers = sources.release(sources.Options(SHARED / benchmark))
+        readers = sources.release(sources.Options(golden.DATA / benchmark))
         found |= {n: prepare.survey(readers[n]().splits) for n in names[benchmark]}
     return found
 
 
-@benchmarks
+@golden.benchmarks
 def test_the_released_splits_leak_what_is_known_to_leak(released):
     """Agrees with the data's own README, which compares inputs as they are."""
     for facts in released.values():
@@ -260,9 +243,9 @@ def test_the_released_splits_leak_what_is_known_to_leak(released):
     assert share["yahoo"] == 0
 
 
-@benchmarks
+@golden.benchmarks
 def test_the_documented_leaks_are_the_measured_ones(released):
-    lines = (ROOT / "docs/benchmarks.md").read_text().splitlines()
+    lines = (golden.ROOT / "docs/benchmarks.md").read_text().splitlines()
     for name in tasks.BENCHMARKS["long_sequence"].metrics:
         splits, shared = released[name]["splits"], released[name]["shared"]["dev/test"]
         sizes = " / ".join(str(x["rows"]) for x in splits.values())

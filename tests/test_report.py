@@ -719,44 +719,37 @@ def test_command_gives_the_config_back(tmp_path, name, changes):
     assert config.load(file, again) == cfg
 
 
-def call(*arguments):
-    command = [sys.executable, "-m", "aim_jax.report", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_command_line(tmp_path, runs):
+def test_command_line(command, tmp_path, runs):
     out = tmp_path / "new" / "out.html"
-    done = call(runs / "aim-1", "--out", out, runs / "sequential-1")
+    done = command("report", runs / "aim-1", "--out", out, runs / "sequential-1")
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in page(out).tables[0][1:]] == ["aim", "sequential"]
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, runs, monkeypatch):
+def test_a_tilde_is_the_home_folder(command, tmp_path, runs, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(runs / "aim-1", tmp_path / "run")
-    done = call("~/run", "--out=~/out.html")
+    done = command("report", "~/run", "--out=~/out.html")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.html").is_file()
 
 
-def test_notes_of_ones_own_are_not_replaced(tmp_path, runs):
+def test_notes_of_ones_own_are_not_replaced(command, tmp_path, runs):
     notes = tmp_path / "README.md"
     notes.write_text("mine")
-    command = [sys.executable, "-m", "aim_jax.report", str(runs)]
-    command += ["--out", str(tmp_path / "README.html")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    given = "report", runs, "--out", tmp_path / "README.html"
+    done = command(*given)
     assert done.returncode == 2 and "README.md is there" in done.stderr
     assert notes.read_text() == "mine"
     notes.unlink()
     for _ in range(2):  # its own twins it replaces
-        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+        assert command(*given).returncode == 0
 
 
-def test_command_line_errors_are_one_line_and_exit_2(tmp_path, runs):
+def test_command_line_errors_are_one_line_and_exit_2(command, tmp_path, runs):
     for arguments in ([tmp_path / "missing", "--out", tmp_path / "a.html"], [runs],
                       ["--out", tmp_path / "a.html"]):  # fmt: skip
-        done = call(*arguments)
+        done = command("report", *arguments)
         assert done.returncode == 2
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith("error: ")

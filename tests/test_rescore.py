@@ -1,23 +1,14 @@
 """Scores from predictions alone: those of the run, and those of the published scripts."""
 
-import gzip
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
+import golden
 import pytest
 
 import aim_jax
 from aim_jax import metrics, records, report, rescore
 from aim_jax.data import tasks
 
-ROOT = pathlib.Path(__file__).parents[1]
-GOLDEN = pathlib.Path(os.environ.get("AIM_JAX_GOLDEN", ROOT / "../shared/golden"))
-golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"no recorded traces in {GOLDEN}; see AIM_JAX_GOLDEN"
-)
 NAMES = ["task363", "task875"]
 
 
@@ -121,27 +112,22 @@ def test_a_metric_that_is_not_known_is_asked_for(tmp_path):
     assert rescore.rescore(run, "sound").results["op"] == 1.0
 
 
-def test_the_command_says_how_it_scored(run, tmp_path):
+def test_the_command_says_how_it_scored(command, run, tmp_path):
     out = tmp_path / "out.html"
-    command = [sys.executable, "-m", "aim_jax.report", run.path, "--out", out]
-    done = subprocess.run([*command, "--scoring=remap=false"], cwd=ROOT)
-    assert done.returncode == 0
+    given = "report", run.path, "--out", out
+    assert command(*given, "--scoring=remap=false").returncode == 0
     assert "predictions scored anew: remap=false" in out.read_text()
     assert json.loads(out.with_suffix(".json").read_text())["runs"][0][
         "op"
     ] == pytest.approx(1 / 3)
-    done = subprocess.run(
-        [*command, "--scoring=no"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = command(*given, "--scoring=no")
     assert done.returncode == 2 and "there are sound, release" in done.stderr
 
 
-@golden
+@golden.needed
 def test_release_gives_the_numbers_of_its_three_scripts(tmp_path):
     pytest.importorskip("rouge_score")
-    data = json.loads(
-        gzip.decompress((GOLDEN / "superni_metrics.json.gz").read_bytes())
-    )
+    data = golden.read("superni_metrics.json.gz")
     final, after, single = (data["predictions"][k] for k in ("avgPerf", "bwt", "fwt"))
     last = data["order"][-1]
     close = {"rel": 0, "abs": 1e-12}

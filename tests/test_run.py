@@ -344,6 +344,24 @@ def test_results_tell_which_rows_were_used(whole):
     }
 
 
+@pytest.mark.parametrize("leaks", [True, False])
+def test_dev_rows_that_are_test_rows_validate_where_they_may(
+    leaks, tmp_path, monkeypatch
+):
+    real = synthetic.task
+
+    def leaky(name, *args):
+        splits = real(name, *args)
+        return splits | {"dev": splits["test"][:2] + splits["dev"]}
+
+    monkeypatch.setattr(synthetic, "task", leaky)
+    job = jobs.prepare(make(train__validation_leaks=leaks), tmp_path)
+    used = [job.usage[TASKS[0]][k] for k in ("dev", "dev_in_test", "dropped")]
+    assert used == ([4, 2, 0] if leaks else [2, 0, 2])
+    held = {e.id for e in jobs.lesson(job, 0).validation}
+    assert bool(held & {row["id"] for row in job.stream[0].test}) == leaks
+
+
 def test_results_tell_what_training_took(whole):
     folder, results = whole
     work = results["work"]
@@ -412,7 +430,7 @@ def test_a_step_is_one_call_compiled_once_and_sends_batches_alone(tmp_path, guar
         method=job.method._replace(after_step=after_step),
     )
     with checkpoint.open(tmp_path / "checkpoints", 1) as checkpointer:
-        place, facts = run.restore(job, job.method, {}, checkpointer)
+        place, facts = run.restore(job, {}, checkpointer)
     steps = 2 * 24 // 4  # of a task
 
     def save(place):

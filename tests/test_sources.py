@@ -3,18 +3,13 @@
 import collections
 import gzip
 import json
-import pathlib
 import re
 
+import golden
 import pytest
 
 import aim_jax
 from aim_jax.data import sources, tasks
-
-SHARED = pathlib.Path(__file__).parents[1] / "../shared/data"
-benchmarks = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no benchmark data in {SHARED}"
-)
 
 
 def write(path, data):
@@ -67,7 +62,7 @@ def test_an_instruction_apart_is_joined_to_the_input(tmp_path):
 def test_an_input_that_is_no_text_is_named(tmp_path):
     plain(tmp_path)
     write(tmp_path / "dev/a.json", [{"input": None, "output": "o"}])
-    assert "row 0: the input must be a string, not null" in message("release", tmp_path)
+    assert "row 0: 'input' must be a string, not null" in message("release", tmp_path)
 
 
 def test_metrics_of_a_folder_of_ones_own_are_kept(tmp_path):
@@ -86,10 +81,12 @@ def test_release_names_what_does_not_fit(tmp_path):
     assert "a.json: row 0: no field 'output'; it has input" in text
     write(tmp_path / "in/side/dev/a.json", [{"input": "i", "output": 3}])
     text = message("release", tmp_path / "in/side")
-    assert "row 0: the output must be a string, not 3" in text
+    assert "row 0: 'output' must be a string, not a number" in text
     write(tmp_path / "in/side/dev/a.json", [{"input": "\ud800", "output": "x"}])
     text = message("release", tmp_path / "in/side")
-    assert "row 0: the input holds half a surrogate pair" in text
+    assert "row 0: 'input' is no Unicode text at character 0" in text
+    write(tmp_path / "in/side/dev/a.json", [{"id": "", "input": "x", "output": "y"}])
+    assert "row 0: 'id' is empty" in message("release", tmp_path / "in/side")
     (tmp_path / "in/side/dev/a.json").unlink()
     assert "dev: no a.json" in message("release", tmp_path / "in/side")
 
@@ -134,7 +131,7 @@ def test_cl_benchmark_gets_the_released_prompt(tmp_path, place, labels, prompt):
     assert found.splits == dict.fromkeys(tasks.SPLITS, [row])
 
 
-@benchmarks
+@golden.benchmarks
 def test_cl_benchmark_rebuilds_every_released_classification_prompt(tmp_path):
     """Taken apart at the options and the answer, and put together again, they agree."""
     groups = {
@@ -153,7 +150,7 @@ def test_cl_benchmark_rebuilds_every_released_classification_prompt(tmp_path):
         for name in names.split():
             for split in tasks.SPLITS:
                 rows = json.loads(
-                    (SHARED / f"long_sequence/{split}/{name}.json").read_text()
+                    (golden.DATA / f"long_sequence/{split}/{name}.json").read_text()
                 )
                 expected[name, split] = rows[:20]
                 parts = [form.fullmatch(row["input"]) for row in rows[:20]]
@@ -258,10 +255,10 @@ def test_superni_rows_are_released_prompts(tmp_path):
     }
 
 
-@benchmarks
+@golden.benchmarks
 @pytest.mark.parametrize("name", ["task1572", "task639", "task875"])
 def test_superni_rebuilds_released_rows(tmp_path, name):
-    rows = json.loads((SHARED / f"superni/train/{name}.json").read_text())
+    rows = json.loads((golden.DATA / f"superni/train/{name}.json").read_text())
     form = re.compile(r"\[INS\] (.*?)\n \[IN\] (.*)\n \[OUT\] ", re.DOTALL)
     parts = [form.fullmatch(row["input"]) for row in rows]
     cut = [

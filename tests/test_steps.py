@@ -1,6 +1,7 @@
 """The compiled computations on the embedded model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,38 @@ def test_padding_left_out_changes_nothing(name):
     assert first == pytest.approx(second, rel=1e-6)
 
 
+def probed(name, attention, pack):
+    """Loss and gradients of examples that share rows, if `pack`, or have one each."""
+    base = hf.load(config.Model(path=str(make_models.FOLDER / name), dropout=0.0))
+    own = config.Lora(target=(".*(q|v|[qv]_proj)",), dropout=0.0)
+    rng = np.random.default_rng(0)
+    rows = [
+        batches.Example("", *(rng.integers(3, 30, size) for size in sizes))
+        for sizes in ((3, 2), (30, 1), (7, 3), (14, 2), (20, 4), (8, 1), (12, 5))
+    ]
+    delta = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
+        lora.init(jax.random.key(0), base.params, base.keys, own),
+    )
+    data = config.Data(buckets=(16, 40), target_buckets=(8,), device_rows=2, pack=pack)
+    text = batches.Text(None, base.family.KIND, data)
+    chunk = batches.stack(text, [rows], len(rows))
+    assert chunk["mask"].any((0, 2, 3)).sum() == (2 if pack else 4)
+    cfg = dataclasses.replace(CFG, data=data, lora=own)
+    built = dataclasses.replace(base.model.config, attention=attention)
+    probe = steps.make(type(base.model)(built), cfg, methods.Method()).probe
+
+    def of(delta):
+        state = steps.init(delta, 1, jax.random.key(0))
+        return probe(base.params, state, (), chunk)
+
+    return jax.jit(jax.value_and_grad(of))(delta)
+
+
+# What every way of attention is compared with.
+alone_in_rows = functools.cache(functools.partial(probed, attention="xla", pack=False))
+
+
 @pytest.mark.parametrize(
     "name, kernel",
     [
@@ -172,46 +205,16 @@ def test_examples_that_share_a_row_do_not_see_each_other(name, kernel, monkeypat
     for name_, compiler in flash.COMPILERS.items():
         small = compiler._replace(widths=range(99), block=lambda n, _: 8 * (n % 8 == 0))
         monkeypatch.setitem(flash.COMPILERS, name_, small)
-    model = config.Model(path=str(make_models.FOLDER / name), dropout=0.0)
-    base = hf.load(model)
-    own = config.Lora(target=(".*(q|v|[qv]_proj)",), dropout=0.0)
-    rng = np.random.default_rng(0)
-    rows = [
-        batches.Example("", *(rng.integers(3, 30, size) for size in sizes))
-        for sizes in ((3, 2), (30, 1), (7, 3), (14, 2), (20, 4), (8, 1), (12, 5))
-    ]
-    delta = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32),
-        lora.init(jax.random.key(0), base.params, base.keys, own),
-    )
-    found = {}
-    for pack in (False, True):
-        data = config.Data(
-            buckets=(16, 40), target_buckets=(8,), device_rows=2, pack=pack
-        )
-        text = batches.Text(None, base.family.KIND, data)
-        chunk = batches.stack(text, [rows], len(rows))
-        assert chunk["mask"].any((0, 2, 3)).sum() == (2 if pack else 4)
-        cfg = dataclasses.replace(CFG, data=data, lora=own)
-        built = base.model.config
-        if pack and kernel != "xla":
-            built = dataclasses.replace(built, attention=kernel)
-        probe = steps.make(type(base.model)(built), cfg, methods.Method()).probe
-
-        def of(delta, probe=probe, chunk=chunk):
-            state = steps.init(delta, 1, jax.random.key(0))
-            return probe(base.params, state, (), chunk)
-
-        found[pack] = jax.jit(jax.value_and_grad(of))(delta)
+    alone, shared = alone_in_rows(name), probed(name, kernel, pack=True)
     assert bool(calls) == (kernel in flash.COMPILERS)
     # Sums in another order.
-    assert float(found[False][0]) == pytest.approx(float(found[True][0]), rel=1e-6)
-    largest = max(float(abs(g).max()) for g in jax.tree.leaves(found[False][1]))
+    assert float(alone[0]) == pytest.approx(float(shared[0]), rel=1e-6)
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(alone[1]))
     assert largest > 1e-3
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6 * largest),
-        found[False][1],
-        found[True][1],
+        alone[1],
+        shared[1],
     )
 
 

@@ -154,11 +154,6 @@ def test_too_many_rows_are_refused(monkeypatch):
         synthetic.task("small", 0, 2, 1, 0)
 
 
-def test_an_unknown_task_lists_the_others():
-    with pytest.raises(aim_jax.InputError, match="'mood'.*sentiment"):
-        synthetic.task("mood", 0, 1, 1, 1)
-
-
 def test_pretraining_shows_no_task_of_the_stream():
     rng = random.Random(3)
     seen = [exercises.text(rng) for _ in range(500)]

@@ -6,25 +6,14 @@ The recorded choices change only if the release's loader turns out to do somethi
 import gzip
 import hashlib
 import json
-import os
-import pathlib
 
+import golden
 import numpy as np
 import pytest
 
 import aim_jax
 from aim_jax import config
 from aim_jax.data import synthetic, tasks
-
-ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT / "../shared/data"
-GOLDEN = pathlib.Path(os.environ.get("AIM_JAX_GOLDEN", ROOT / "../shared/golden"))
-golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"no recorded traces in {GOLDEN}; see AIM_JAX_GOLDEN"
-)
-benchmarks = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no benchmark data in {SHARED}"
-)
 
 
 def rows(name, split, n=4):
@@ -320,24 +309,18 @@ def test_validation_mixes_the_first_rows_of_every_shuffled_dev_file():
 
 def test_without_leaks_drops_dev_rows_that_are_test_rows():
     leaky = task(leaks=8)
-    (clean,) = tasks.without_leaks([leaky])
+    clean = tasks.without_leaks(leaky)
     assert clean.dev == leaky.dev[8:]
     assert (clean.train, clean.test) == (leaky.train, leaky.test)
-    seen = {row["input"] for row in tasks.validation([leaky], leaks=True, rows=30)}
-    assert seen & {row["input"] for row in leaky.test}
-    seen = {row["input"] for row in tasks.validation([leaky], leaks=False, rows=30)}
-    assert seen == {row["input"] for row in clean.dev}
 
 
 @pytest.mark.parametrize("train, given", [(40, 4), (300, 25), (5, 1)])
 def test_without_leaks_gives_train_rows_where_no_dev_row_is_left(train, given):
     leaky = task(train=train, dev=10, test=10, leaks=10)
-    (clean,) = tasks.without_leaks([leaky], rows=25)
+    clean = tasks.without_leaks(leaky, rows=25)
     assert clean.dev == leaky.train[-given:]
     assert clean.train == leaky.train[:-given]
-    assert tasks.without_leaks([clean]) == [clean]
-    chosen = tasks.validation([leaky], leaks=False)
-    assert sorted(ids(chosen)) == sorted(ids(clean.dev))
+    assert tasks.without_leaks(clean) == clean
 
 
 def test_usage_counts_what_leaked_and_what_was_done_about_it():
@@ -348,7 +331,7 @@ def test_usage_counts_what_leaked_and_what_was_done_about_it():
     test = [row("a"), row("b")]
     partly = tasks.Task("t", "exact", train, [row("a"), row(" b\n"), row("c")], test)
     wholly = partly._replace(dev=partly.dev[:2])
-    clean, given = tasks.without_leaks([partly, wholly], 25)
+    clean, given = (tasks.without_leaks(task, 25) for task in (partly, wholly))
     fields = ("train", "dev", "test", "dev_in_test", "dropped", "held_out")
     for found, used, expected in (
         (partly, partly, (30, 3, 2, 2, 0, 0)),
@@ -360,9 +343,7 @@ def test_usage_counts_what_leaked_and_what_was_done_about_it():
 
 def test_without_leaks_says_when_there_is_nothing_to_validate_on():
     lonely = task("solo", train=1, dev=3, leaks=3)
-    fails(
-        "solo: all dev rows are test rows.*add dev rows", tasks.without_leaks, [lonely]
-    )
+    fails("solo: all dev rows are test rows.*add dev rows", tasks.without_leaks, lonely)
 
 
 def fails(message, function, *args, **kwargs):
@@ -372,48 +353,44 @@ def fails(message, function, *args, **kwargs):
     assert "\n" not in str(error.value)
 
 
-@benchmarks
+@golden.benchmarks
 @pytest.mark.parametrize("benchmark", ["standard_cl", "long_sequence", "superni"])
 def test_the_real_benchmarks_load(benchmark):
     for order, names in tasks.BENCHMARKS[benchmark].orders.items():
-        cfg = config.Data(benchmark=benchmark, root=str(SHARED), order=order)
+        cfg = config.Data(benchmark=benchmark, root=str(golden.DATA), order=order)
         loaded = tasks.load(cfg)
         assert [task.name for task in loaded] == list(names)
         for task in loaded:
             assert min(len(task.train), len(task.dev), len(task.test)) >= 16
     if benchmark == "superni":
-        clean = tasks.without_leaks(loaded)
+        clean = [tasks.without_leaks(task) for task in loaded]
         assert all(task.dev == task.test for task in loaded)
         assert {len(task.dev) for task in clean} == {12, 14, 16, 25}
 
 
-@golden
+@golden.needed
 def test_the_recorded_data_load_as_the_release_ships_them():
-    cfg = config.Data(benchmark="standard_cl", root=str(GOLDEN / "data"))
+    cfg = config.Data(benchmark="standard_cl", root=str(golden.FOLDER / "data"))
     loaded = tasks.load(cfg)
     for number, task in enumerate(loaded):
-        with np.load(GOLDEN / f"task{number}_{task.name}_ours.npz") as trace:
-            assert sorted(ids(task.train)) == sorted(trace["train_sample_id"])
-            expected = trace["eval_sample_id"].tolist()
+        trace = golden.trace(f"task{number}_{task.name}_ours")
+        assert sorted(ids(task.train)) == sorted(trace["train_sample_id"])
+        expected = trace["eval_sample_id"].tolist()
         assert ids(tasks.validation(loaded[: number + 1])) == expected
-        with np.load(GOLDEN / f"task{number}_{task.name}_fwt.npz") as trace:
-            expected = [trace[f"{s}_sample_id"].tolist() for s in ("train", "eval")]
+        trace = golden.trace(f"task{number}_{task.name}_fwt")
+        expected = [trace[f"{s}_sample_id"].tolist() for s in ("train", "eval")]
         assert [ids(part) for part in tasks.holdout(task.train, 0.1)] == expected
 
 
-@golden
-@benchmarks
+@golden.needed
+@golden.benchmarks
 def test_the_published_validation_rows_on_the_full_data():
-    cases = json.loads(
-        gzip.decompress(
-            (GOLDEN / "memory_and_validation_full_data.json.gz").read_bytes()
-        )
-    )
+    cases = golden.read("memory_and_validation_full_data.json.gz")
     assert len(cases) == 18
     for case in cases:
         benchmark = "superni" if "superni" in case["data_dir"] else "long_sequence"
         names = tuple(case["order"])
-        cfg = config.Data(benchmark=benchmark, root=str(SHARED), tasks=names)
+        cfg = config.Data(benchmark=benchmark, root=str(golden.DATA), tasks=names)
         # The release has the rows of yahoo's dev and test file all in its dev file.
         stream = [
             task._replace(dev=task.dev + task.test) if task.name == "yahoo" else task

@@ -7,8 +7,6 @@ from typing import TypeVar
 
 import numpy as np
 
-import aim_jax
-
 T = TypeVar("T")
 
 
@@ -43,8 +41,6 @@ def sample(
 
     No row is kept at 0 percent (the release would keep one of each class).
     """
-    if not 0 <= percent <= 100:
-        raise aim_jax.InputError(f"memory.percent: {percent} must be from 0 to 100")
     if percent == 0:
         return [[] for _ in tasks_train]
     choose, rng = {"release": _release, "exact": _exact}[rule], random.Random(seed)

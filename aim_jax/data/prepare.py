@@ -21,12 +21,11 @@ from typing import Any
 from absl import app, flags
 
 import aim_jax
-from aim_jax import metrics
+from aim_jax import metrics, tables
 from aim_jax.data import sources, tasks
 
 PAIRS = ("train/dev", "train/test", "dev/test")
 DROPS = ("unlabelled", "duplicates", *PAIRS)
-KNOWN = {n: m for b in tasks.BENCHMARKS.values() for n, m in (b.metrics or {}).items()}
 
 
 def prepare(
@@ -43,8 +42,7 @@ def prepare(
     InputError for a source that cannot be used and for an `out` that holds something; in
     both cases nothing is written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise aim_jax.InputError(f"--out: {out} is not empty; name a new folder")
+    aim_jax.check_new(out)
     for way in drops:
         sources.among(way, DROPS, "--drop", "way to drop rows")
     readers = sources.LAYOUTS[layout](options)
@@ -62,7 +60,7 @@ def prepare(
         for split, rows in found.splits.items():
             if not rows:
                 raise aim_jax.InputError(f"{where} has no {split} row")
-        kind = found.metric or KNOWN.get(name, default)
+        kind = found.metric or tasks.KNOWN.get(name, default)
         sources.among(kind, metrics.METRICS, where, "metric")
         splits, dropped = drop(name, found.splits, drops)
         files |= {f"{s}/{name}.json": rows for s, rows in splits.items()}
@@ -144,7 +142,7 @@ def drop(
                 f"{name}: --drop={','.join(ways)} leaves no {split} row; drop less"
             )
     if not splits["dev"]:
-        (task,) = tasks.without_leaks([tasks.Task(name, "exact", **splits)])
+        task = tasks.without_leaks(tasks.Task(name, "exact", **splits))
         splits = {s: getattr(task, s) for s in tasks.SPLITS}
         dropped["held_out"] = len(task.dev)
     return splits, dropped
@@ -152,19 +150,19 @@ def drop(
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as text: a line a task as found, then what deserves a second look."""
-    lines = [("task", "metric", *tasks.SPLITS, "repeated", *PAIRS, "labels")]
-    notes = []
+    head = ["task", "metric", *tasks.SPLITS, "repeated", *PAIRS, "labels"]
+    lines, notes = [], []
     for name, entry in report["tasks"].items():
         splits, shared = entry["found"]["splits"], entry["found"]["shared"]
         lines.append(
-            (
+            [
                 name,
                 entry["metric"],
                 *(str(x["rows"]) for x in splits.values()),
                 str(sum(x["repeated"] for x in splits.values())),
                 *(_part(shared[pair]) for pair in PAIRS),
                 str(splits["train"]["distinct_labels"]),
-            )
+            ]
         )
         for split, x in splits.items():
             if x["unlabelled"]:
@@ -179,15 +177,7 @@ def table(report: Mapping[str, Any]) -> str:
         if took:
             sizes = [str(x["rows"]) for x in entry["written"]["splits"].values()]
             notes.append(f"{name}: {', '.join(took)}; written {' / '.join(sizes)}")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            f"{cell:{'<' if i < 2 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([*text, *notes])
+    return "\n".join([tables.text(tables.Table(head, lines, left=2)), *notes])
 
 
 def settings(kinds: Mapping[str, str], out: pathlib.Path) -> str:
@@ -232,10 +222,7 @@ def _write(out: pathlib.Path, files: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> None:
     """The command: absl's arguments in, a folder and its report out."""
     values = flags.FLAGS
-    with aim_jax.command(argv):
-        for name in ("layout", "source", "out"):
-            if not values[name].value:
-                raise aim_jax.InputError(f"--{name} is missing: {values[name].help}")
+    with aim_jax.command(argv, needed=("layout", "source", "out")):
         out, prompts = pathlib.Path(values.out).expanduser(), values.instructions
         options = sources.Options(
             source=pathlib.Path(values.source).expanduser(),

@@ -98,13 +98,7 @@ def release(options: Options) -> Readers:
             path = tasks.file(source, split, name)
             rows = _array(path)[: options.counts.get(split)]
             splits[split] = [
-                _row(
-                    f"{path}: row {i}",
-                    row.get("id", f"{name}_{i}"),
-                    # Where the instruction stands apart, a prompt is both together.
-                    _joined(row.get("instruction", ""), _field(path, i, row, "input")),
-                    _field(path, i, row, "output"),
-                )
+                tasks.checked(f"{path}: row {i}", f"{name}_{i}", row, unlabelled=True)
                 for i, row in enumerate(rows)
             ]
         return Found(splits, kinds.get(name))
@@ -376,12 +370,6 @@ def _order(options: Options, name: str, split: str, rows: int) -> list[int]:
     return rng.sample(range(rows), rows)[: options.counts.get(split)]
 
 
-def _joined(first: Any, second: Any) -> Any:
-    """Both texts as one, or what of them is no text."""
-    wrong = [part for part in (first, second) if not isinstance(part, str)]
-    return wrong[0] if wrong else first + second
-
-
 def _one(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
 
@@ -389,20 +377,7 @@ def _one(value: Any) -> Any:
 def _row(where: str, name: Any, text: Any, label: Any) -> Row:
     """The checked row; its label may be empty, which the report counts."""
     row = {"id": name, "input": text, "output": label}
-    for field, value in row.items():
-        if not isinstance(value, str):
-            raise aim_jax.InputError(
-                f"{where}: the {field} must be a string, not {json.dumps(value)[:40]}"
-            )
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise aim_jax.InputError(
-                f"{where}: the {field} holds half a surrogate pair; replace it"
-            ) from None
-    if not text.strip():
-        raise aim_jax.InputError(f"{where}: the input is empty; remove the row")
-    return row
+    return tasks.checked(where, name, row, unlabelled=True)
 
 
 def _field(path: pathlib.Path, number: int, row: Any, name: str) -> Any:

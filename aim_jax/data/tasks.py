@@ -97,6 +97,8 @@ BENCHMARKS = {
     ),
     "custom": Benchmark(),
 }
+# The metric of every task that is named above.
+KNOWN = {k: v for b in BENCHMARKS.values() for k, v in (b.metrics or {}).items()}
 
 # Six train rows of task511 have no label in the published data. They stay, since published
 # numbers were trained on them; anywhere else an empty label is taken for a mistake.
@@ -156,9 +158,6 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
     of a task, else that of a published benchmark counts, else exact match. Raises
     InputError as `load`, and for a task that is there twice.
     """
-    published = {
-        k: v for b in BENCHMARKS.values() for k, v in (b.metrics or {}).items()
-    }
     found: dict[str, Task] = {}
     for name in folders:
         folder = pathlib.Path(name).expanduser()
@@ -167,7 +166,7 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
             raise aim_jax.InputError(
                 f"eval.before_after: '{name}' must hold test/TASK.json of at least one task"
             )
-        kinds = {n: published.get(n, "exact") for n in names} | _chosen(folder, names)
+        kinds = {n: KNOWN.get(n, "exact") for n in names} | _chosen(folder, names)
         for task in names:
             if task in found:
                 raise aim_jax.InputError(
@@ -180,23 +179,20 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
 
 
 def validation(
-    tasks: Sequence[Task], rows: int = 25, leaks: bool = True, seed: int = 42
+    tasks: Sequence[Task], rows: int = 25, seed: int = 42
 ) -> list[dict[str, str]]:
     """The rows that validate the last of `tasks`, the stream so far.
 
     As in the PyTorch release: `rows` of each task's dev rows, shuffled, are joined and
-    shuffled again, each time as `datasets` does with `seed`. With leaks=False the dev rows
-    are those of `without_leaks`.
+    shuffled again, each time as `datasets` does with `seed`.
     """
-    if not leaks:
-        tasks = without_leaks(tasks, rows)
     return memory.shuffle(
         [row for task in tasks for row in memory.shuffle(task.dev, seed)[:rows]], seed
     )
 
 
-def without_leaks(tasks: Iterable[Task], rows: int = 25) -> list[Task]:
-    """`tasks` without the dev rows whose input is also that of one of their test rows.
+def without_leaks(task: Task, rows: int = 25) -> Task:
+    """`task` without the dev rows whose input is also that of one of its test rows.
 
     White space does not count.
 
@@ -205,10 +201,6 @@ def without_leaks(tasks: Iterable[Task], rows: int = 25) -> list[Task]:
     train rows: whoever validates on the result must also train on it. What is clean
     already comes back as it is.
     """
-    return [_without_leaks(task, rows) for task in tasks]
-
-
-def _without_leaks(task: Task, rows: int) -> Task:
     dev = _clean(task)
     if dev:
         return task._replace(dev=dev)
@@ -275,7 +267,7 @@ def remembered(run: str, name: str) -> list[dict[str, str]]:
         except ValueError as error:
             raise aim_jax.InputError(f"{where}: not valid JSON: {error}") from None
         # The run that kept it has checked that its label may be empty.
-        rows.append(_row(where, f"{name}_{i}", row, unlabelled=True))
+        rows.append(checked(where, f"{name}_{i}", row, unlabelled=True))
     return rows
 
 
@@ -450,13 +442,17 @@ def _rows(path: pathlib.Path, name: str, unlabelled: bool) -> list[dict[str, str
     if not rows:
         raise aim_jax.InputError(f"{path}: no rows; every split needs at least one")
     return [
-        _row(f"{path}: row {i} (counted from 0)", f"{name}_{i}", row, unlabelled)
+        checked(f"{path}: row {i} (counted from 0)", f"{name}_{i}", row, unlabelled)
         for i, row in enumerate(rows)
     ]
 
 
-def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
-    """The checked row, called `name` if it has no id."""
+def checked(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
+    """The fields of a row, called `name` if it has no id.
+
+    where: what a message calls it; unlabelled: whether its label may be empty. Raises
+    InputError for a field that cannot be used.
+    """
     if not isinstance(row, dict):
         raise aim_jax.InputError(
             f'{where}: must be an object {{"id", "input", "output"}}, not {_kind(row)}'
@@ -466,16 +462,16 @@ def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
             raise aim_jax.InputError(
                 f"{where}: no field '{field}'; it has {listed(row)}"
             )
-    checked = {f: row.get(f, name) for f in ("id", "input", "output")}
+    made = {f: row.get(f, name) for f in ("id", "input", "output")}
     apart = row.get("instruction", "")
-    for field, text in (*checked.items(), ("instruction", apart)):
+    for field, text in (*made.items(), ("instruction", apart)):
         if not isinstance(text, str):
             raise aim_jax.InputError(
                 f"{where}: '{field}' must be a string, not {_kind(text)}"
             )
     # Where the instruction stands apart, a prompt is both together.
-    checked["input"] = apart + checked["input"]
-    for field, text in checked.items():
+    made["input"] = apart + made["input"]
+    for field, text in made.items():
         if not text.strip() and not (field == "output" and unlabelled):
             raise aim_jax.InputError(
                 f"{where}: '{field}' is empty; fill it in or remove the row"
@@ -488,7 +484,7 @@ def _row(where: str, name: str, row: Any, unlabelled: bool) -> dict[str, str]:
                 f"{where}: '{field}' is no Unicode text at character {error.start};"
                 " replace that character"
             ) from None
-    return checked
+    return made
 
 
 def _kind(value: Any) -> str:

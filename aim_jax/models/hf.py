@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
 
 import aim_jax
 from aim_jax import config, lora, models, parallel, records
@@ -267,36 +268,22 @@ def save(
 
     limit: bytes of tensors in one file; only a tensor that is larger alone exceeds it.
     """
-    flat = flatten(params)
-    shards: list[dict[str, tuple[str, int | None]]] = [{}]
-    size = 0
-    for path, value in flat.items():
-        names = _names(keys[path], value.shape)
-        for row, name in enumerate(names):
-            part = value.nbytes // len(names)
-            if shards[-1] and size + part > limit:
-                shards.append({})
-                size = 0
-            size += part
-            shards[-1][name] = path, row if "{}" in keys[path] else None
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        count = len(shards)
-        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    import huggingface_hub  # slow to import, and few functions need it
+
+    tensors: dict[str, np.ndarray] = {}
+    for path, value in flatten(params).items():
+        tensors |= _parts(keys[path], np.asarray(value))
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    for file, shard in zip(files, shards, strict=True):
-        tensors = {
-            name: np.asarray(flat[path] if row is None else flat[path][row])
-            for name, (path, row) in shard.items()
-        }
-        _write(folder / file, tensors)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(v.nbytes for v in flat.values())},
-            "weight_map": {
-                n: f for f, shard in zip(files, shards, strict=True) for n in shard
-            },
-        }
+    for file, names in split.filename_to_tensors.items():
+        _write(folder / file, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         file = folder / "model.safetensors.index.json"
         file.write_text(json.dumps(index, indent=2) + "\n")
 
@@ -307,8 +294,8 @@ def save_adapter(
     keys: dict[str, str],
     cfg: config.Lora,
     base_path: str,
-) -> pathlib.Path:
-    """Write `delta` as a PEFT adapter that `peft.PeftModel` loads; returns its folder.
+) -> None:
+    """Write `delta` as a PEFT adapter that `peft.PeftModel` loads.
 
     Of whatever rank `delta` is, its scale is that of `cfg`. keys: those of the base;
     base_path: the `model.path` that the adapter belongs to.
@@ -319,9 +306,7 @@ def save_adapter(
         if side == "a":
             cfg = lora.of_rank(cfg, value.shape[-2])
         name = _adapter_name(keys[f"{module}/weight"], side)
-        value = np.asarray(value, np.float32)
-        stacked = value if "{}" in name else [value]
-        tensors.update(zip(_names(name, value.shape), stacked, strict=True))
+        tensors |= _parts(name, np.asarray(value, np.float32))
     named = lora.named(keys, cfg)
     settings = {
         "peft_type": "LORA",
@@ -340,17 +325,16 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    return write_adapter(folder, tensors, settings)
+    write_adapter(folder, tensors, settings)
 
 
 def write_adapter(
     folder: pathlib.Path, tensors: dict[str, np.ndarray], settings: dict[str, Any]
-) -> pathlib.Path:
-    """Write the files of a PEFT adapter; returns its folder."""
+) -> None:
+    """Write the files of a PEFT adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return folder
 
 
 def read_adapter(
@@ -505,27 +489,9 @@ def _adapter_config(file: pathlib.Path, known: Collection[str] = ()) -> config.L
     return found
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {`a/b/c`: leaf}."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The nested dict that `flatten` came from."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return tree
+# A nested dict as {`a/b/c`: leaf}, and back.
+flatten = functools.partial(traverse_util.flatten_dict, sep="/")
+unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
 def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -585,6 +551,12 @@ def _names(template: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     if "{}" not in template:
         return {template: shape}
     return {template.format(i): shape[1:] for i in range(shape[0])}
+
+
+def _parts(template: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors that one parameter of our tree is, by their Hugging Face names."""
+    tensors = value if "{}" in template else [value]
+    return dict(zip(_names(template, value.shape), tensors, strict=True))
 
 
 def _write(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
