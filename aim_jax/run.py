@@ -136,7 +136,13 @@ def run(
                     named = dict(zip(learnt, scores, strict=True))
                     show("score", counts[number], named)
                 if writes(job) and number + 1 < len(job.stream):
-                    job.memory.append(synthesise(job, number, place, seconds))
+                    kept = synthesise(job, number, place, seconds)
+                    job.memory.append(kept)
+                    if not kept:
+                        bar.write(
+                            f"{job.stream[number].name}: the model wrote no row that can"
+                            " be used; the memory has none of this task"
+                        )
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
