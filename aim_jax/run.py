@@ -334,7 +334,7 @@ def keep(
     if stop or due:
         arrays, more = pack(place)
         # Of what a method made, each of several processes has a copy of its own.
-        arrays = jax.device_put(arrays, job.devices.replicated)
+        arrays = parallel.replicate(arrays, job.devices)
         checkpoint.save(checkpointer, first + step, arrays, facts | more)
     if stop:
         checkpoint.wait(checkpointer)
@@ -450,7 +450,7 @@ def train(
         if method.before_task:
             state, memo = method.before_task(tools, state, memo)
         best, best_loss = state.delta, math.inf
-    placed = jax.device_put((state, memo.arrays), job.devices.replicated)
+    placed = parallel.replicate((state, memo.arrays), job.devices)
     state, memo = placed[0], memo._replace(arrays=placed[1])
     validation = [
         parallel.place(batch, job.devices)
