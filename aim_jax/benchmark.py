@@ -482,7 +482,7 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
 
     def device() -> Any:
         after, read = start.state._replace(total=np.int32(total)), []
-        after = jax.device_put(after, job.devices.replicated)
+        after = parallel.replicate(after, job.devices)
         for batch, memory in ready:
             given = job.base.params, after, (), batch, memory
             after, measures = job.steps.train(*given)
@@ -769,7 +769,7 @@ def _state(bench: Bench, count: int) -> tuple[steps.State, Tree]:
     job = bench.job
     place = run.beginning(job)
     state = steps.init(place.state.delta, count, jax.random.key(0), job.method)
-    return jax.device_put((state, place.memo.arrays), job.devices.replicated)
+    return parallel.replicate((state, place.memo.arrays), job.devices)
 
 
 def _forward(bench: Bench) -> plan.Work:

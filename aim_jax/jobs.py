@@ -173,7 +173,7 @@ def prepare(
     start = None
     if cfg.lora.path is not None:
         start = hf.start(cfg.lora, base.params, base.keys)
-        start = jax.device_put(start, devices.replicated)
+        start = parallel.replicate(start, devices)
     kept = remember(cfg.memory, stream) if loaded.method.memory else []
     return Job(
         cfg=cfg,
@@ -226,7 +226,7 @@ def fresh(job: Job, number: int = 0) -> Tree:
     if number:
         key = jax.random.fold_in(key, number)
     delta = lora.init(key, job.base.params, job.base.keys, job.cfg.lora)
-    return jax.device_put(delta, job.devices.replicated)
+    return parallel.replicate(delta, job.devices)
 
 
 def fingerprints(job: Job) -> dict[str, str]:

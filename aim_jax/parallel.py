@@ -186,6 +186,26 @@ def place(batch: dict[str, np.ndarray], devices: Devices) -> dict[str, Any]:
     }
 
 
+def replicate(tree: Tree, devices: Devices) -> Tree:
+    """`tree`, of arrays alike in all processes, whole on every device.
+
+    Not by `jax.device_put` over several processes: where each has one device, it makes of
+    an array of that device (jax 0.10.2) one that cannot be read.
+    """
+    sharding = devices.replicated
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def of(x: Any) -> jax.Array:
+        return (
+            x
+            if getattr(x, "sharding", None) == sharding
+            else _put(np.asarray(x), sharding)
+        )
+
+    return jax.tree.map(of, tree)
+
+
 def by_rows(
     f: Callable, base: Tree, batch: dict[str, np.ndarray], devices: Devices
 ) -> np.ndarray:

@@ -136,7 +136,13 @@ def run(
                     named = dict(zip(learnt, scores, strict=True))
                     show("score", counts[number], named)
                 if writes(job) and number + 1 < len(job.stream):
-                    job.memory.append(synthesise(job, number, place, seconds))
+                    kept = synthesise(job, number, place, seconds)
+                    job.memory.append(kept)
+                    if not kept:
+                        bar.write(
+                            f"{job.stream[number].name}: the model wrote no row that can"
+                            " be used; the memory has none of this task"
+                        )
                 matrix.append(scores)
                 save(place)
                 write_results(job, facts, None)
@@ -327,7 +333,7 @@ def keep(
     if stop or due:
         arrays, more = pack(place)
         # Of what a method made, each of several processes has a copy of its own.
-        arrays = jax.device_put(arrays, job.devices.replicated)
+        arrays = parallel.replicate(arrays, job.devices)
         checkpoint.save(checkpointer, first + step, arrays, facts | more)
     if stop:
         checkpoint.wait(checkpointer)
@@ -443,7 +449,7 @@ def train(
         if method.before_task:
             state, memo = method.before_task(tools, state, memo)
         best, best_loss = state.delta, math.inf
-    placed = jax.device_put((state, memo.arrays), job.devices.replicated)
+    placed = parallel.replicate((state, memo.arrays), job.devices)
     state, memo = placed[0], memo._replace(arrays=placed[1])
     validation = [
         parallel.place(batch, job.devices)

@@ -1,6 +1,8 @@
 """The embedded tasks with AimMerging on the embedded model: what `launch/quickstart.sh` runs.
 
 python -m aim_jax.main --config configs/quickstart.py --workdir runs/quickstart/aim
+
+Time and scores: README.md.
 """
 
 from aim_jax import config

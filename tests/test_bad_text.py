@@ -272,5 +272,18 @@ def test_nothing_that_is_read_is_run():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "compile"), (file, called)
-                keywords = {k.arg for k in node.keywords}
-                assert not keywords & {"trust_remote_code", "allow_pickle"}, file
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("trust_remote_code", "False") == "False", file
+                assert "allow_pickle" not in keywords, file
+
+
+def test_no_tokenizer_of_a_model_directory_is_run(tmp_path, monkeypatch):
+    """transformers asks at a terminal, and a yes would run it."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    named = {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    with pytest.raises(aim_jax.InputError, match="no tokenizer"):
+        batches.tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""Two processes of four devices each, on this machine."""
+"""Two processes on this machine, most with four devices each."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def environment(devices):
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": path}
 
 
-def pair(*program):
+def pair(*program, devices=4):
     """Two processes of `program` that know of each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -109,7 +109,7 @@ def pair(*program):
                 *("--processes=2", f"--process={i}"),
             ],
             cwd=ROOT,
-            env=environment(4),
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -122,6 +122,33 @@ def test_processes_share_rows_decisions_checkpoints_and_signals(tmp_path):
     script = tmp_path / "process.py"
     script.write_text(PROCESS.replace("sys.argv[-1]", repr(str(tmp_path / "saved"))))
     for process in pair(script):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+
+
+SINGLE = """
+import jax, jax.numpy as jnp, numpy as np
+from aim_jax import config, main, parallel
+
+def job(argv):
+    main.connect()
+    devices = parallel.open_devices(config.Parallel())
+    tree = {"device": jnp.arange(3), "host": np.arange(3, dtype=np.int32)}
+    for _ in range(2):  # from each process's own, then from what is whole already
+        tree = parallel.replicate(tree, devices)
+        for x in tree.values():
+            assert x.sharding == devices.replicated
+            assert [s.data.tolist() for s in x.addressable_shards] == [[0, 1, 2]]
+            assert int(jax.jit(jnp.sum)(x)) == 3
+
+main.app.run(job)
+"""
+
+
+def test_processes_of_a_single_device_hold_what_is_whole(tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(SINGLE)
+    for process in pair(script, devices=1):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
 

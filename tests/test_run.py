@@ -604,6 +604,22 @@ def test_a_task_too_short_for_a_rehearsal_is_told(tmp_path, capsys, day, silent)
     assert all(line.startswith(text) for line in told)
 
 
+def test_a_model_that_writes_nothing_for_the_memory_is_told(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run.synthesis, "write", lambda *given, **named: [])
+    cfg = make(
+        data__tasks=TASKS[:2],
+        data__limit_test=1,
+        memory__source="model",
+        train__epochs=1,
+    )
+    run.run(cfg, tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.split("\n") if "memory" in line]
+    text = f"{TASKS[0]}: the model wrote no row that can be used; the memory has none"
+    assert [line.startswith(text) for line in told] == [True]
+
+
 def test_a_run_may_have_the_name_of_what_runs_share(tmp_path):
     for name in ("other", "single", ".single"):
         (tmp_path / ".single").mkdir(exist_ok=True)

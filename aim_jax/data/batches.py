@@ -57,8 +57,9 @@ def tokenizer(folder: pathlib.Path) -> Any:
 
     try:
         # Lengths are ours to decide: without a limit the tokenizer does not warn.
+        # Nor does it ask at a terminal whether to run code of the directory.
         loaded = transformers.AutoTokenizer.from_pretrained(
-            folder, model_max_length=1 << 30
+            folder, model_max_length=1 << 30, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
