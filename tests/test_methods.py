@@ -338,6 +338,25 @@ def test_aim_merges_from_the_last_merge_and_starts_anew_with_a_task():
     ]
 
 
+def test_the_one_merge_at_the_end_rehearses_at_a_rate_above_0():
+    cfg = make("aim")
+    method = aim.make(dataclasses.replace(cfg.method, merge_at_end=True))
+    rates = []
+
+    def rehearse(state, memo, step, count):
+        rates.append(float(steps.learning_rate(state.step, state.total, cfg.train)))
+        return state, [2.0] * count
+
+    tools = methods.Tools(1, 4, rehearse, lambda *given: ("fused", 6.0), None, None)
+    state = steps.State("inner", "own", 8, 8, None)
+    memo = method.start("begin", 2)
+    signals = methods.Signals(8, 8, 0.0, 0.0, 0.0, 0.0, 1.0)
+    now, _, record = method.after_step(tools, state, memo, signals)
+    assert record and now == state._replace(delta="fused")
+    # The rate falls from step 1 to 0 at step 8; this is that of step 4.
+    assert rates == [pytest.approx(cfg.train.learning_rate * 4 / 7)]
+
+
 def test_a_rehearsal_that_is_not_finite_names_its_rows(lessons):
     """No step comes after the last one, whose loss would tell."""
     job = lessons.job("aim")
