@@ -22,7 +22,7 @@ SMALL = {
     "aim": {"interval": 2, "rehearsal": 2, "threshold_factor": 1.0},
     "replay_interval": {"interval": 2},
     "ema": {"every": 2},
-    "forever": {"calibration": 1, "rehearsal": 2},
+    "forever": {"calibration": 2, "rehearsal": 2},  # the first step moves nothing
     "step_ebbinghaus": {"calibration": 1, "rehearsal": 2},
     "recurrent_kif": {"interval": 2, "rehearsal": 2},
 }
@@ -141,7 +141,10 @@ def test_contract(name, lessons):
     begun = lessons.start(job)
     middle, _ = lessons.train(job, 0, begun)
     places = []
+    rehearsed = job.work["rehearsal_steps"]
     ended, logged = lessons.train(job, 1, middle, places.append)
+    if job.method.memory and job.method.after_step:
+        assert job.work["rehearsal_steps"] > rehearsed
     assert len(places) >= 4 and all(
         np.isfinite(x).all() for x in jax.tree.leaves(ended.state)
     )
