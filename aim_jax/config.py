@@ -260,6 +260,7 @@ BOUNDS = {
             "train.weight_decay",
             "train.validation_rows",
             "method.rehearsal",
+            "method.cold_start",
             "method.strength",
             "method.beta",
             "method.orthogonal",
@@ -292,6 +293,7 @@ BOUNDS = {
     "eval.max_length": (2, math.inf),  # one of them begins the answer of T5
     **dict.fromkeys(("train.seed", "data.seed"), (0, 2**32 - 1)),
     "memory.percent": (0, 100),
+    "method.halve_at": (2, math.inf),  # half of 1 is no interval
 }
 
 

@@ -139,5 +139,5 @@ def _window(control: Controller, rules: Rules, learning: float) -> int:
     if rises > falls:
         return max(rules.min_interval, int(control.interval / rules.shrink))
     if falls > rises:
-        return min(rules.max_interval, int(control.interval * rules.grow))
+        return int(min(rules.max_interval, control.interval * rules.grow))
     return control.interval

@@ -262,6 +262,8 @@ def test_the_preset_is_read_after_the_overrides():
         ("method.preset", "newest", "no 'newest'; there are release, paper"),
         ("method.divisor", "all", "no 'all'; there are planned, taken"),
         ("method.interval", 0, "method.interval: 0 must be at least 1"),
+        ("method.cold_start", -1, "method.cold_start: -1 must be at least 0"),
+        ("method.halve_at", 1, "method.halve_at: 1 must be at least 2"),
         ("parallel.mode", "gpu", "no 'gpu'; there are auto, pmap, jit"),
         ("model.dtype", "int8", "no 'int8'; there are float32, bfloat16"),
     ],

@@ -268,6 +268,8 @@ def test_paper_interval_stays_within_its_limits():
     assert controller.merged(control, rules, 40, 5.0).interval == 5
     falling = dataclasses.replace(control, learning=(4.0, 3.0, 2.0, 1.0))
     assert controller.merged(falling, rules, 40, 0.0).interval == 9
+    rules = dataclasses.replace(PAPER, grow=math.inf)
+    assert controller.merged(falling, rules, 40, 0.0).interval == PAPER.max_interval
     rules = dataclasses.replace(PAPER, shrink=1.6, grow=3.3)
     assert controller.merged(control, rules, 40, 5.0).interval == int(6 / 1.6) == 3
     assert controller.merged(falling, rules, 40, 0.0).interval == int(6 * 3.3) == 19

@@ -169,6 +169,16 @@ def test_ema(space):
         same(made, fusion.merge([expected, trees[4]], rule))
 
 
+def test_ema_of_a_task_with_fewer_steps_than_between_two_averages():
+    method = ema.make(ema.Options(decay=0.8, every=8))
+    first, last = adapter(0), adapter(1)
+    memo = method.start(first, 1)
+    for step in (1, 2, 3):
+        signals = methods.Signals(step, 3, 0.0, 0.0, 0.0, 0.0, None)
+        state, memo, _ = method.after_step(None, State(last), memo, signals)
+    same(method.adapter(state.delta, memo, 0), fusion.ema(first, last, 0.8))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

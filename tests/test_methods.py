@@ -22,7 +22,7 @@ SMALL = {
     "aim": {"interval": 2, "rehearsal": 2, "threshold_factor": 1.0},
     "replay_interval": {"interval": 2},
     "ema": {"every": 2},
-    "forever": {"calibration": 1, "rehearsal": 2},
+    "forever": {"calibration": 2, "rehearsal": 2},  # the first step moves nothing
     "step_ebbinghaus": {"calibration": 1, "rehearsal": 2},
     "recurrent_kif": {"interval": 2, "rehearsal": 2},
 }
@@ -139,7 +139,10 @@ def test_contract(name, lessons):
     begun = lessons.start(job)
     middle, _ = lessons.train(job, 0, begun)
     places = []
+    rehearsed = job.work["rehearsal_steps"]
     ended, logged = lessons.train(job, 1, middle, places.append)
+    if job.method.memory and job.method.after_step:
+        assert job.work["rehearsal_steps"] > rehearsed
     assert len(places) >= 4 and all(
         np.isfinite(x).all() for x in jax.tree.leaves(ended.state)
     )
@@ -334,6 +337,25 @@ def test_aim_merges_from_the_last_merge_and_starts_anew_with_a_task():
         ("begin", "inner 3", "out", 0.6, 0.4),
         ("fused 1", "inner 6", "out", 0.6, 0.4),
     ]
+
+
+def test_the_one_merge_at_the_end_rehearses_at_a_rate_above_0():
+    cfg = make("aim")
+    method = aim.make(dataclasses.replace(cfg.method, merge_at_end=True))
+    rates = []
+
+    def rehearse(state, memo, step, count):
+        rates.append(float(steps.learning_rate(state.step, state.total, cfg.train)))
+        return state, [2.0] * count
+
+    tools = methods.Tools(1, 4, rehearse, lambda *given: ("fused", 6.0), None, None)
+    state = steps.State("inner", "own", 8, 8, None)
+    memo = method.start("begin", 2)
+    signals = methods.Signals(8, 8, 0.0, 0.0, 0.0, 0.0, 1.0)
+    now, _, record = method.after_step(tools, state, memo, signals)
+    assert record and now == state._replace(delta="fused")
+    # The rate falls from step 1 to 0 at step 8; this is that of step 4.
+    assert rates == [pytest.approx(cfg.train.learning_rate * 4 / 7)]
 
 
 def test_a_rehearsal_that_is_not_finite_names_its_rows(lessons):

@@ -414,15 +414,18 @@ def held(folder, names, **files):
 
 
 def test_held_out_tasks_are_the_test_rows_of_folders(tmp_path):
-    first = held(tmp_path / "a", ["mine", "task002"])
+    first = held(tmp_path / "a", ["mine", "task002", "task363"])
     second = held(tmp_path / "b", ["yours"], tasks={"yours": "rouge_l"})
     found = tasks.held_out([first, second], 3)
     assert [(t.name, t.metric) for t in found] == [
         ("mine", "exact"),
         ("task002", "rouge_l"),
+        ("task363", "exact"),
         ("yours", "rouge_l"),
     ]
     assert all(len(t.test) == 3 and not t.train and not t.dev for t in found)
+    # Scored as in a stream, where `pos` counts as `p`.
+    assert [t.remap for t in found] == [{}, {}, {"pos": "p", "neg": "n"}, {}]
     assert tasks.held_out([]) == []
 
 

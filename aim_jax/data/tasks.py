@@ -155,9 +155,10 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
     """Every task of `folders` with its first `limit` test rows, and no others.
 
     A folder is a benchmark's, of which only test/ is read; its tasks.json says the metric
-    of a task, else that of a published benchmark counts, else exact match. Raises
-    InputError as `load`, and for a task that is there twice.
+    of a task, else that of a published benchmark counts, else exact match; the remap is a
+    published one's too. Raises InputError as `load`, and for a task that is there twice.
     """
+    remaps = {k: v for b in BENCHMARKS.values() for k, v in b.remaps.items()}
     found: dict[str, Task] = {}
     for name in folders:
         folder = pathlib.Path(name).expanduser()
@@ -174,7 +175,8 @@ def held_out(folders: Iterable[str], limit: int | None = None) -> list[Task]:
                     " folder; rename one of them"
                 )
             rows = _rows(file(folder, "test", task), task, unlabelled=False)
-            found[task] = Task(task, kinds[task], [], [], rows[:limit])
+            remap = remaps.get(task, {})
+            found[task] = Task(task, kinds[task], [], [], rows[:limit], remap)
     return list(found.values())
 
 

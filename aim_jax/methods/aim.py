@@ -32,7 +32,8 @@ class Options(methods.Options):
     learning_signal: bool = True  # False: the interval never changes
     forgetting_signal: bool = True  # False: merge at the planned step
     equal_weights: bool = False
-    merge_at_end: bool = False  # one merge, at the end of a task
+    # One merge, at the end of a task, which rehearses at the rate of the task's middle.
+    merge_at_end: bool = False
     # Where the released code and the paper part.
     divisor: str | None = None  # `planned` or `taken` steps divide the movement
     trend: str | None = None  # `ratio` to the last merge, or a `window` of them
@@ -61,7 +62,11 @@ def make(options: Options) -> methods.Method:
             control = controller.observe(control, options, step, signals.history)
         if not controller.decide(control, options, step, signals.total):
             return state, memo._replace(host=control), None
-        rehearsed, losses = tools.rehearse(state, memo, step, control.rehearsal)
+        begun = state
+        if options.merge_at_end:
+            # The schedule has come to 0, at which rehearsal would change nothing.
+            begun = state._replace(step=state.total // 2)
+        rehearsed, losses = tools.rehearse(begun, memo, step, control.rehearsal)
         w_in, w_out = controller.weights(control, options)
         fused, motion = tools.fuse(
             memo.arrays["origin"], state.delta, rehearsed.delta, w_in, w_out
@@ -85,7 +90,7 @@ def make(options: Options) -> methods.Method:
             "next_planned": following.planned,
         }
         return (
-            rehearsed._replace(delta=fused),
+            rehearsed._replace(delta=fused, step=state.step),
             methods.Memo({"origin": fused}, following),
             record,
         )

@@ -1,9 +1,10 @@
 """EMA: sequential training, evaluated is a running average of the adapter over the steps.
 
-Every `every` steps the average becomes decay * average + (1 - decay) * theta; it begins as
-the fresh adapter's, is evaluated after each task, and is never trained on. It answers
-whether a controller is better than averaging. Source: weight averaging (Polyak and Juditsky
-1992), entry by entry on A and B (`fusion.ema`); in product space on the products B A.
+Every `every` steps of a task, or after the last of one that has fewer, the average becomes
+decay * average + (1 - decay) * theta; it begins as the fresh adapter's, is evaluated after
+each task, and is never trained on. It answers whether a controller is better than
+averaging. Source: weight averaging (Polyak and Juditsky 1992), entry by entry on A and B
+(`fusion.ema`); in product space on the products B A.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ def make(options: Options) -> methods.Method:
         return methods.Memo({"average": delta})
 
     def after_step(tools, state, memo, signals):
-        if signals.step % options.every:
+        if signals.step % min(options.every, signals.total):
             return state, memo, None
         average = memo.arrays["average"]
         if options.space == "factor":
