@@ -225,11 +225,6 @@ def step(
     losses = {"here": _loss(bench, micros[0][0])}
     for name, side in others.items():
         losses[name] = side.loss(ready[name][0][0][0])
-    others = {
-        name: side
-        for name, side in others.items()
-        if _fits(name, side, *ready[name][0])
-    }
 
     def train() -> Any:
         after = state
@@ -246,6 +241,14 @@ def step(
             after, measures = job.steps.train(base, after, memo, batch, chunk)
             read.append(measures)
         return after, read
+
+    # What PyTorch has taken of a GPU it keeps, so that JAX must have its own before.
+    jax.block_until_ready(both())
+    others = {
+        name: side
+        for name, side in others.items()
+        if _fits(name, side, *ready[name][0])
+    }
 
     def theirs(training: bool, probing: bool) -> dict[str, Callable]:
         def call(name: str, side: Any) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 # Before jax starts, which reads all of these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch, beside it, is on a CPU too
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Outlives the tests: compiling is most of their time.
