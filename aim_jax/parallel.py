@@ -197,11 +197,8 @@ def replicate(tree: Tree, devices: Devices) -> Tree:
         return jax.device_put(tree, sharding)
 
     def of(x: Any) -> jax.Array:
-        return (
-            x
-            if getattr(x, "sharding", None) == sharding
-            else _put(np.asarray(x), sharding)
-        )
+        whole = getattr(x, "sharding", None) == sharding
+        return x if whole else _put(np.asarray(x), sharding)
 
     return jax.tree.map(of, tree)
 
