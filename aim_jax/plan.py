@@ -445,7 +445,7 @@ def _computations(text: str) -> tuple[dict[str, str], str]:
 def _sizes(shapes: str) -> list[int]:
     """Bytes of each array of a type in HLO text."""
     return [
-        int(bits or 8) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+        int(bits or 8) * math.prod(map(int, filter(None, dims.split(",")))) // 8
         for bits, dims in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes)
     ]
 

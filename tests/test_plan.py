@@ -81,8 +81,8 @@ def test_bytes_of_collectives(known, limit, stride, times, group):
 
 
 def test_bytes_of_arrays():
-    text = "(pred[3], bf16[2,4]{1,0:T(8,128)(2,1)}, f64[2], u32[])"
-    assert plan._sizes(text) == [3, 16, 16, 4]
+    text = "(pred[3], bf16[2,4]{1,0:T(8,128)(2,1)}, f64[2], u32[], s4[6])"
+    assert plan._sizes(text) == [3, 16, 16, 4, 3]
 
 
 KERNELS = """HloModule step
