@@ -37,6 +37,9 @@ def open(folder: pathlib.Path, keep: int) -> Iterator[Checkpointer]:
     checkpointer = Checkpointer(
         folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
     )
+    # Of several processes Orbax asks JAX too whether the machine is wanted back, by the
+    # checkpoint's number: mixed with those of `preemption`, the answer would be lost.
+    checkpointer._manager.reached_preemption = lambda step: False
     try:
         yield checkpointer
         wait(checkpointer)

@@ -17,7 +17,7 @@ from aim_jax import logs
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROCESS = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 import jax, numpy as np
 import aim_jax
 from aim_jax import checkpoint, config, logs, main, parallel, preemption
@@ -65,10 +65,14 @@ def job(argv):
     with checkpoint.open(folder, 2) as checkpointer:
         loaded, facts = checkpoint.latest(checkpointer, arrays, devices.replicated)
     assert np.array_equal(loaded["a"], np.arange(5.0)) and facts["who"] == 0
-    # Both hear of a signal to one of them, and at the same call.
-    for call in range(10_000):
-        if call == 3 and me == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    # Both hear of a signal to one of them, and at the same call, after a checkpoint too.
+    for call in range(1000):
+        if call == 30:
+            with checkpoint.open(folder, 2) as checkpointer:
+                checkpoint.save(checkpointer, 2, arrays, {})
+            if me == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)  # in which JAX tells both
         if preemption.noticed():
             break
         parallel.meet(str(call))
