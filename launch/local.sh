@@ -14,7 +14,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=1 && shift ;;
     --processes) processes=$2 && shift 2 ;;
     --devices) devices=$2 && shift 2 ;;
-    --workdir) workdir=$2 && arguments+=("$1" "$2") && shift 2 ;;
+    --workdir) workdir=${2%/} && arguments+=("$1" "$2") && shift 2 ;;
     *) arguments+=("$1") && shift ;;
     esac
 done

@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
     --per) per=$2 && shift 2 ;;
     --time) time=$2 && shift 2 ;;
     --partition) partition=("--partition=$2") && shift 2 ;;
-    --workdir) workdir=$2 && arguments+=("$1" "$2") && shift 2 ;;
+    --workdir) workdir=${2%/} && arguments+=("$1" "$2") && shift 2 ;;
     *) arguments+=("$1") && shift ;;
     esac
 done

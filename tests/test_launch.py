@@ -113,8 +113,9 @@ def test_local_would_start_every_process(project):
     ]
 
 
-def test_local_shows_the_first_process_and_keeps_the_words_of_others(project):
-    done = bash(project, "local.sh", *JOB)
+@pytest.mark.parametrize("folder", ["runs/x", "runs/x/"])
+def test_local_shows_the_first_process_and_keeps_the_words_of_others(project, folder):
+    done = bash(project, "local.sh", *JOB, "--workdir", folder)
     assert (done.returncode, done.stdout) == (0, "")
     assert sorted(line[-1] for line in calls(project)) == ["0", "1"]
     assert (project / "runs/x.process-1.log").read_text() == ""
@@ -157,6 +158,8 @@ def test_local_waits_after_an_interrupt_until_all_is_saved(project):
 @pytest.mark.parametrize(("per", "tasks"), [("node", 1), ("gpu", 8)])
 def test_slurm_would_submit_a_job_that_goes_back_into_the_queue(project, per, tasks):
     lines = dry(project, "slurm.sh", "--nodes", "2", "--per", per, *JOB)
+    beside = dry(project, "slurm.sh", *JOB, "--workdir", "runs/x/")[0]
+    assert "--output=runs/x.slurm.log" in beside.split()
     options = lines[0].split()
     assert options[0] == "sbatch"
     assert {
