@@ -41,12 +41,12 @@ LONG = (
 
 # (task, restart step) -> quantity -> bar: what was measured where PyTorch itself, played
 # again in float32 by tests/referee.py, is further from its recording (docs/parity.md).
-# - task1 from step 89: 23 rehearsal steps, whose losses are compared too. Float64 is 6.6e-4
-#   from the recorded ones.
+# - task1 from step 89: 23 rehearsal steps, whose losses are compared too. PyTorch in float64
+#   is 6.6e-4 (fused adapter 2.1e-4) from the recording, with rounding added up to 8.8e-4.
 # - task3 from step 110: 44 steps, then 57 rehearsal steps, the longest segment. Float32 of
 #   PyTorch is 1.2e-1 (gradient norms) and 2.3e-2 (fused adapter) from the recorded ones.
 AMPLIFIED = {
-    ("task1_amazon_ours", 89): {"rehearsal": 2e-4},
+    ("task1_amazon_ours", 89): {"rehearsal": 1e-3, "fused": 3e-4},
     ("task3_agnews_ours", 110): {"grad_norm": 1e-3, "fused": 2e-2},
 }
 
@@ -55,7 +55,7 @@ AMPLIFIED = {
 # gradient by up to 1e-3; the next steps amplify that. See test_one_unit_explains_the_gradient_norm.
 KINKS = {
     ("task0_dbpedia_ours", 4): 1e-6,  # float64: -1.1e-6, here: 1.6e-7
-    ("task1_amazon_ours", 2): -1e-6,  # float64: -3.0e-7, the recording has it active
+    ("task1_amazon_ours", 2): -3e-6,  # float64: -3.0e-7, the recording has it active
 }
 
 
