@@ -216,13 +216,15 @@ def held_out_table(groups: Sequence[Group]) -> Table:
         kept = [
             k for r in runs if (k := r.results.get("before_after")) and "after" in k
         ]
-        for task in kept[0]["before"] if kept else ():
+        # A folder may have had other tasks when another seed was run.
+        for task in dict.fromkeys(task for k in kept for task in k["before"]):
+            own = [k for k in kept if task in k["before"]]
             before, after = (
-                statistics.fmean(k[when][task] for k in kept)
+                statistics.fmean(k[when][task] for k in own)
                 for when in ("before", "after")
             )
             cells = [*map(score, (before, after)), f"{100 * (after - before):+.1f}"]
-            rows.append([task, label, *cells, str(len(kept))])
+            rows.append([task, label, *cells, str(len(own))])
     head = ["held-out task", "method", "before %", "after %", "change", "runs"]
     return Table(head, sorted(rows, key=lambda row: row[0]), left=2)
 
