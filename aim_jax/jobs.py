@@ -216,11 +216,11 @@ def remember(cfg: config.Memory, stream: list[tasks.Task]) -> list[list[batches.
 
 
 def fresh(job: Job, number: int = 0) -> Tree:
-    """The adapter before any training: that of `lora.path`, or a new one.
+    """The adapter before any training: that of `lora.path`, or the new one of number 0.
 
-    Every single-task run begins with the new one of number 0.
+    Another number gives another new one. Every single-task run begins with a new one.
     """
-    if job.start is not None:
+    if job.start is not None and not number:
         return job.start
     key = jax.random.key(job.cfg.train.seed)
     if number:

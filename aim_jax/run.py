@@ -842,7 +842,7 @@ def _tools(job: jobs.Job, task: jobs.Lesson) -> methods.Tools:
         remembered=len(task.memory),
         rehearse=rehearse,
         fuse=fusion.fuse,
-        fresh=functools.partial(jobs.fresh, dataclasses.replace(job, start=None)),
+        fresh=functools.partial(jobs.fresh, job),
         fisher=fisher,
     )
 

@@ -23,7 +23,7 @@ import safetensors.numpy
 import aim_jax
 from aim_jax import checkpoint, config, jobs, logs, records, rescore, run
 from aim_jax.data import batches, synthetic
-from aim_jax.methods import aim, sequential, step_ebbinghaus
+from aim_jax.methods import aim, sequential, single, step_ebbinghaus
 from aim_jax.models import hf
 
 TASKS = synthetic.STREAM[:3]
@@ -231,14 +231,16 @@ def test_a_stream_that_starts_from_an_adapter(sequence, tmp_path):
 def test_no_epochs_evaluate_an_adapter(sequence, tmp_path):
     folder, both = sequence
     start = next((folder / "adapters").glob("01-*"))
-    cfg = plain(data__tasks=TASKS[:2], train__epochs=0, lora__path=str(start))
-    results = run.run(cfg, tmp_path / "run")
     last = both["matrix"][1]
-    assert results["matrix"] == [[last[0], None], last]
-    assert "steps" not in results["work"]
-    assert (tmp_path / "run" / "report.html").is_file()
-    ours, theirs = adapter(tmp_path / "run", 0), adapter(folder, 1)
-    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+    for method in (sequential.Options(), single.Options()):
+        changes = {"data__tasks": TASKS[:2], "train__epochs": 0}
+        cfg = make(method, **changes, lora__path=str(start))
+        results = run.run(cfg, tmp_path / method.name)
+        assert results["matrix"] == [[last[0], None], last]
+        assert "steps" not in results["work"]
+        assert (tmp_path / method.name / "report.html").is_file()
+        ours, theirs = adapter(tmp_path / method.name, 0), adapter(folder, 1)
+        assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_an_adapter_of_other_settings(sequence, tmp_path):

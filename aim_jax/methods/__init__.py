@@ -69,7 +69,7 @@ class Tools(NamedTuple):
         batches, drawn for this step; losses: their loss before each update, host floats
     fuse(origin, inner, outer, w_in, w_out) -> (delta, motion): `fusion.fuse`
     fresh(number) -> delta: a new adapter, another one for each number; the run begins with
-        number 0, and so does every single-task run
+        number 0, which is the adapter of `lora.path` if there is one
     fisher(state, memo, rows) -> mean over `rows` of the task's train rows (None: all) of
         the squared gradient of a row's log-likelihood, a tree like the delta
     """

@@ -2,8 +2,8 @@
 
 Nothing is forgotten and nothing transferred: BWT is 0, and OP is the mean of what FWT
 compares with. It needs to be told the task at test time. Every adapter begins at the same
-values, those of the single-task runs. Source: PerTaskFT ("ONE"), the reference of FWT in
-AimMerging (arXiv 2509.17348).
+values, those of the single-task runs, or of `lora.path`. Source: PerTaskFT ("ONE"), the
+reference of FWT in AimMerging (arXiv 2509.17348).
 """
 
 import dataclasses
