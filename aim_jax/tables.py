@@ -197,15 +197,19 @@ def costs_table(groups: Sequence[Group]) -> Table:
 
 
 def extra_flops(runs: Sequence[records.Run], groups: Sequence[Group]) -> float | None:
-    """Computation of `runs` beyond the cheapest training on their rows, as part of it."""
+    """Computation of `runs` beyond the cheapest training on their rows, as part of it.
 
-    def rows(run: records.Run) -> tuple[list[str], Any]:
-        return run.names, run.settings.get("data.limit_train")
+    Of finished runs alone: what others have done so far is on fewer rows.
+    """
+
+    def rows(runs: Sequence[records.Run]) -> tuple[list[str], Any, bool]:
+        done = any(run.finished for run in runs)
+        return runs[0].names, runs[0].settings.get("data.limit_train"), done
 
     own = stat(runs, "token_passes")
-    alike = [g.runs for g in groups if rows(g.runs[0]) == rows(runs[0])]
+    alike = [g.runs for g in groups if rows(g.runs) == rows(runs)]
     trained = [s.mean for r in alike if (s := stat(r, "train_tokens")) and s.mean]
-    known = own and own.mean and trained
+    known = own and own.mean and trained and rows(runs)[-1]
     return own.mean / min(trained) - 1 if known else None
 
 

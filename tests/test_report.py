@@ -258,6 +258,15 @@ def test_a_run_on_fewer_rows_is_no_measure_of_cost(tmp_path, runs):
     report.write([few, runs], tmp_path / "out.html")
     _, costs = page(tmp_path / "out.html").tables[:2]
     assert {row[-2] for row in costs[1:]} == {"0 %", "60 %"}
+    # Nor is one that is not through them yet.
+    cfg = config.Config(
+        data=dataclasses.replace(data, limit_train=None), train=config.Train(epochs=3)
+    )
+    begun = make_run(tmp_path / "begun", "sequential", cfg=cfg)
+    edit_results(begun, work={"steps": 3, "train_tokens": 90}, finished=False)
+    report.write([begun, runs], tmp_path / "out.html")
+    _, costs = page(tmp_path / "out.html").tables[:2]
+    assert {row[-2] for row in costs[1:]} == {"0 %", "60 %", "–"}
 
 
 def test_run_that_did_not_count_its_work_has_no_costs(tmp_path):
