@@ -222,10 +222,7 @@ def check_shared(folder: pathlib.Path, done: bool) -> None:
     if not done:
         logs.write(token, str(time.time_ns()))
     parallel.meet(f"{token} is written")
-    end = time.monotonic() + PATIENCE
-    while not (done or token.is_file()) and time.monotonic() < end:
-        time.sleep(0.1)
-    seen = token.read_text() if token.is_file() else ""
+    seen = token.read_text() if not done and appears(token) else ""
     try:
         parallel.check_alike([done, seen])
     except AssertionError:
@@ -639,24 +636,38 @@ def held_out_scores(
     """Scores on the held-out tasks, `before` or `after` the stream; predictions are kept."""
     began = time.perf_counter()
     folder = job.folder / "predictions" / when
-    scores = {
-        task.name: kept_score(
+    scores = {}
+    for task in job.held_out:
+        rows = kept(
             folder / f"{task.name}.jsonl",
             lambda task=task: predict(job, delta, [task])[0],
         )
-        for task in job.held_out
-    }
+        scores[task.name] = metrics.mean([row["score"] for row in rows])
     seconds["evaluate"] += time.perf_counter() - began
     return scores
 
 
-def kept_score(file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]) -> float:
-    """The score of the predictions in `file`, which are made if it is not there."""
+def kept(
+    file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The predictions in `file`, which are made if it is not there.
+
+    Of several processes the first decides, and only then do others look for it.
+    """
     if not parallel.agreed(file.is_file()):
-        logs.write_rows(file, make())
-        parallel.meet(f"{file.name} is written")
-    rows = records.rows(file, records.PREDICTION, finished=True, notes=[])
-    return metrics.mean([row["score"] for row in rows])
+        rows = make()
+        logs.write_rows(file, rows)
+        return rows
+    appears(file)
+    return records.rows(file, records.PREDICTION, finished=True, notes=[])
+
+
+def appears(file: pathlib.Path) -> bool:
+    """Whether `file` is here, or comes while another machine's writing may be late."""
+    end = time.monotonic() + PATIENCE
+    while not file.is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    return file.is_file()
 
 
 def single_score(
@@ -683,10 +694,10 @@ def single_score(
     key = json.dumps([data, *task, job.base.fingerprint], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     file = alone_folder(job.folder) / f"{task.name}-{digest}.jsonl"
-    score = kept_score(file, functools.partial(learn_alone, job, task, inputs, seconds))
+    rows = kept(file, functools.partial(learn_alone, job, task, inputs, seconds))
     own = job.folder / "predictions" / "single" / f"{task.name}.jsonl"
-    logs.write(own, file.read_text("utf-8"))
-    return score
+    logs.write_rows(own, rows)
+    return metrics.mean([row["score"] for row in rows])
 
 
 def alone_folder(folder: pathlib.Path) -> pathlib.Path:

@@ -579,6 +579,17 @@ def test_scores_of_single_tasks_are_those_of_their_rows(tmp_path, monkeypatch):
         assert score(other) < 1
 
 
+def test_a_process_that_writes_nothing_looks_for_nothing(tmp_path, monkeypatch):
+    """What the first one writes, a network disk may show the others late."""
+    monkeypatch.setattr(logs, "leads", False)
+    made = [{"id": "0", "score": 0.5}]
+    assert run.kept(tmp_path / "a.jsonl", lambda: made) == made
+    monkeypatch.setattr(run, "learn_alone", lambda *args: made)
+    job = jobs.prepare(make(), tmp_path / "run")
+    assert run.single_score(job, 0, {}, {}) == 0.5
+    assert not any(tmp_path.iterdir())
+
+
 def test_labels_that_no_answer_is_long_enough_for(tmp_path):
     job = jobs.prepare(make(), tmp_path / "run")
     task = job.stream[0]
