@@ -7,7 +7,8 @@
 # ignores) on all workers, runs, shows the log of all, fetches the workdir and deletes the
 # slice (--keep leaves it). When the slice is preempted it is made anew and the run goes on. A
 # slice of several hosts needs a bucket, mounted on all of them: it holds the workdir, which
-# must be a path below runs/.
+# must be a path below runs/. Best is one with a hierarchical namespace, where a checkpoint
+# takes its name at once, not file by file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/run.sh
@@ -58,7 +59,7 @@ provide() {
 python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]'"
     if [ "$bucket" ]; then
         everywhere "cd aim_jax && mkdir -p runs && \
-(mountpoint -q runs || gcsfuse --implicit-dirs $(printf %q "$bucket") runs)"
+(mountpoint -q runs || gcsfuse --implicit-dirs --rename-dir-limit=10000 $(printf %q "$bucket") runs)"
     fi
 }
 
