@@ -55,8 +55,12 @@ provide() {
             "${spot[@]}"
     fi
     run "${tpu[@]}" scp "$archive" "$name:aim_jax.tar.gz" "--zone=$zone" --worker=all
+    # Most images are Ubuntu 22.04, whose Python is 3.10; uv brings one of its own.
     everywhere "mkdir -p aim_jax && tar xzf aim_jax.tar.gz -C aim_jax && cd aim_jax && \
-python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]'"
+{ .venv/bin/pip --version >/dev/null 2>&1 || \
+{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -m venv .venv; } || \
+{ python3 -m pip install -q uv && python3 -m uv venv -q --clear --seed --python 3.12 .venv; }; } && \
+.venv/bin/pip install -q -r requirements.txt 'jax[tpu]'"
     if [ "$bucket" ]; then
         everywhere "cd aim_jax && mkdir -p runs && \
 (mountpoint -q runs || gcsfuse --implicit-dirs --rename-dir-limit=10000 $(printf %q "$bucket") runs)"

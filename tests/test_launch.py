@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -214,6 +215,36 @@ def test_tpu_pod_would_create_install_run_fetch_and_delete(project):
     assert -1 not in places and places == sorted(places)
     kept = dry(project, "tpu_pod.sh", *TPU, "--keep", *JOB)
     assert not [line for line in kept if "delete" in line or "gcsfuse" in line]
+
+
+# On a worker; an environment that it makes has a stand-in for pip.
+WORKER = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>"$HOME/calls"
+case "$*" in
+-c*) exit $OLD ;;
+*venv*) mkdir -p .venv/bin && cp "$0" .venv/bin/pip ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("old", ["0", "1"])
+def test_tpu_pod_makes_an_environment_of_a_python_that_will_do(project, old):
+    lines = dry(project, "tpu_pod.sh", *TPU, *JOB)
+    (line,) = (x for x in lines if "requirements.txt" in x)
+    command = shlex.split(line)[-1].removeprefix("--command=")
+    for name in ("python3", "tar"):
+        program = project / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(WORKER)
+        program.chmod(0o755)
+    path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"HOME": str(project), "PATH": path, "OLD": old}
+    for again in (False, True):
+        subprocess.run(["bash", "-c", command], cwd=project, env=env, check=True)
+        told = "\n".join(calls(project))
+        made = "-m uv venv" if old == "1" else "-m venv"
+        assert (f"python3 {made}" in told) != again
+        assert "pip install -q -r requirements.txt jax[tpu]" in told
 
 
 # A slice that is preempted during the first run; it writes down what was asked of it.
