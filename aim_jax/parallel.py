@@ -278,13 +278,34 @@ def agreed(value: bool) -> bool:
 
 def check_alike(decision: Any) -> None:
     """Raise AssertionError unless all processes made the same `decision` (JSON)."""
-    number = np.uint32(zlib.crc32(json.dumps(decision, sort_keys=True).encode()))
-    multihost_utils.assert_equal(number, f"processes have parted: here {decision}")
+    told = f"processes have parted: here {decision}"
+    multihost_utils.assert_equal(_number(decision), told)
+
+
+def differing(told: dict[str, Any]) -> list[str]:
+    """The names of `told` (JSON by name) of which not all processes were told the same.
+
+    If their names are not the same, all of this one's.
+    """
+    if jax.process_count() == 1:
+        return []
+    try:
+        check_alike(list(told))
+    except AssertionError:
+        return list(told)
+    numbers = np.array([_number(x) for x in told.values()])
+    found = multihost_utils.process_allgather(numbers)
+    return [name for name, x in zip(told, found.T, strict=True) if (x != x[0]).any()]
 
 
 def meet(name: str) -> None:
     """Wait until every process is here."""
     multihost_utils.sync_global_devices(name)
+
+
+def _number(value: Any) -> np.uint32:
+    """What stands for a JSON value where processes compare theirs."""
+    return np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode()))
 
 
 def _exact(step: Callable, devices: Devices, batch: int, chunk: bool) -> Callable:

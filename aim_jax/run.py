@@ -79,6 +79,8 @@ def run(
         if not (folder / "report.html").is_file():
             write_report(folder)
         return done
+    sections = {f"config {name}": x for name, x in config.to_json(cfg).items()}
+    check_alike(sections | versions() | {"python": None})  # any will do
     began = time.perf_counter()
     job = jobs.prepare(cfg, folder, load)
     for task in (*job.stream, *job.held_out):
@@ -89,6 +91,7 @@ def run(
                 f" answer may be (eval.max_length={cfg.eval.max_length}); they score 0"
             )
     inputs = jobs.fingerprints(job)
+    check_alike(inputs)
     with (
         hold(job),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
@@ -233,6 +236,16 @@ def check_shared(folder: pathlib.Path, done: bool) -> None:
     finally:
         if logs.leads:
             token.unlink(missing_ok=True)
+
+
+def check_alike(told: dict[str, Any]) -> None:
+    """Raise InputError, in every process, for what (by name) not all were given alike."""
+    found = parallel.differing(told)
+    if found:
+        raise aim_jax.InputError(
+            f"{', '.join(found[:3])}: not the same in all processes; give them the same"
+            " code, packages, config, base model and data"
+        )
 
 
 @contextlib.contextmanager

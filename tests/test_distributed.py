@@ -57,6 +57,8 @@ def job(argv):
         assert "processes have parted" in str(error)
     else:
         raise AssertionError("not noticed")
+    assert parallel.differing({"a": 3, "b": {"c": me}, "d": "e"}) == ["b"]
+    assert parallel.differing({f"of {me}": 3}) == [f"of {me}"]
     # A checkpoint of both is read by both.
     arrays = {"a": jax.device_put(np.arange(5.0), devices.replicated)}
     folder = pathlib.Path(sys.argv[-1])

@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 
 import aim_jax
-from aim_jax import checkpoint, config, jobs, logs, records, rescore, run
+from aim_jax import checkpoint, config, jobs, logs, parallel, records, rescore, run
 from aim_jax.data import batches, synthetic
 from aim_jax.methods import aim, sequential, single, step_ebbinghaus
 from aim_jax.models import hf
@@ -588,6 +588,21 @@ def test_a_process_that_writes_nothing_looks_for_nothing(tmp_path, monkeypatch):
     job = jobs.prepare(make(), tmp_path / "run")
     assert run.single_score(job, 0, {}, {}) == 0.5
     assert not any(tmp_path.iterdir())
+
+
+def test_processes_that_were_not_given_the_same(tmp_path, monkeypatch):
+    def differing(told):
+        seen.append(list(told))
+        return [name for name in told if "'sentiment'" in name]
+
+    seen = []
+    monkeypatch.setattr(parallel, "differing", differing)
+    message = "train rows of task 'sentiment', .* not the same in all processes"
+    with pytest.raises(aim_jax.InputError, match=message):
+        run.run(make(), tmp_path / "run")
+    assert {"config train", "config parallel", "jax"} <= set(seen[0])
+    assert "model.path 'embedded'" in seen[1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_no_answer_is_long_enough_for(tmp_path):
