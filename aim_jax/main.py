@@ -81,14 +81,21 @@ def connect() -> None:
     """Join the other processes of the run, if there are any.
 
     When one of them is gone, JAX ends the others with a word on it after 30 seconds.
+    Raises InputError for flags that are too few, or do not fit each other.
     """
     if _COORDINATOR.value or _DISTRIBUTED.value:
-        jax.distributed.initialize(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            heartbeat_timeout_seconds=30,
-        )
+        try:
+            jax.distributed.initialize(
+                _COORDINATOR.value,
+                _PROCESSES.value,
+                _PROCESS.value,
+                heartbeat_timeout_seconds=30,
+            )
+        except (IndexError, ValueError) as error:  # without a port; all else
+            raise aim_jax.InputError(
+                "--coordinator: give HOST:PORT, --processes and --process, from 0; or"
+                f" --distributed in a job of SLURM, GKE or TPUs ({error})"
+            ) from error
         logs.leads = jax.process_index() == 0
         if not logs.leads:
             sys.stdout = open(os.devnull, "w")

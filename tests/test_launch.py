@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import yaml
 from absl import flags
@@ -534,6 +535,20 @@ def test_bad_input_is_one_line(call, capsys, tmp_path, given, message):
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [IndexError("of the port"), ValueError("its number")])
+def test_a_process_that_cannot_join_the_others(call, capsys, monkeypatch, error):
+    def initialize(*args, **named):
+        raise error  # as JAX does for an address without a port, and for flags too few
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit) as ended:
+        call(coordinator="host")
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --coordinator: give HOST:PORT, --processes and")
+    assert str(error) in told
 
 
 def test_a_word_that_is_no_flag(call, capsys):
