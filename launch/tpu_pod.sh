@@ -79,7 +79,11 @@ while :; do
     sleep 60
     if [ "$(state)" = READY ]; then
         code=$("${tpu[@]}" ssh "${where[@]}" --worker=0 --command="cat aim_jax/status")
-        [ "$code" = 75 ] || exit 1
+        [ "$code" = 75 ] || {
+            echo "the run failed, see above; the slice is left: the same command uses it," \
+                "and ${tpu[*]} delete ${where[*]} deletes it" >&2
+            exit 1
+        }
     fi
     echo "the slice is going; the run goes on in a new one" >&2
 done

@@ -292,6 +292,7 @@ def test_tpu_pod_goes_on_after_sigterm_but_not_after_an_error(project, status, c
     done, asked = tpu_pod(project, AFTER="READY", STATUS=status)
     assert done.returncode == code
     assert asked.count("create") == 1
+    assert ("tpu-vm delete n --zone=z deletes it" in done.stderr) == bool(code)
 
 
 SHAPES = {
