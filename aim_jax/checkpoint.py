@@ -94,27 +94,34 @@ def latest(
 
     like: a tree of the shapes and types to restore. Those that are not as they were
     written are renamed NUMBER.damaged, with a warning. Raises InputError, and renames
-    nothing, if all are so.
+    nothing, if all are so, or if another process would go on from another one.
     """
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
     )
-    damaged = {}
+    loaded, number, damaged = None, None, {}
     for found in reversed(checkpointer.checkpoints):
         try:
-            loaded = _load(checkpointer, found.step, shapes)
+            loaded, number = _load(checkpointer, found.step, shapes), found.step
+            break
         except Exception as error:  # Orbax and TensorStore have no common kind
             damaged[found.step] = " ".join(str(error).split())[:200]
-            continue
-        for number, reason in damaged.items():
+    if parallel.differing({"newest": [number, *damaged]}):
+        raise aim_jax.InputError(
+            f"{checkpointer.directory}: not all processes can read the same newest"
+            f" checkpoint (here {number}); a network disk may show it late: give the same"
+            " command again in a minute"
+        )
+    if loaded:
+        for other, reason in damaged.items():
             logging.warning(
                 "checkpoint %s is damaged (%s); going on from %s",
-                checkpointer.directory / str(number),
+                checkpointer.directory / str(other),
                 reason,
-                found.step,
+                number,
             )
             if jax.process_index() == 0:
-                _set_aside(checkpointer.directory / str(number))
+                _set_aside(checkpointer.directory / str(other))
         if damaged:
             parallel.meet("set aside")
             checkpointer.reload()

@@ -150,6 +150,19 @@ def test_without_a_sound_one_it_stops_and_touches_nothing(saved, tmp_path):
     assert files(folder) == before
 
 
+def test_processes_that_read_different_ones_stop(saved, tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    shutil.copytree(saved, folder)
+    shutil.rmtree(folder / "2" / "arrays" / "d")
+    shutil.rmtree(folder / "2" / "arrays" / "ocdbt.process_0")
+    before = files(folder)
+    monkeypatch.setattr(checkpoint.parallel, "differing", list)
+    with checkpoint.open(folder, 2) as checkpointer:
+        with pytest.raises(aim_jax.InputError, match="newest checkpoint .here 1."):
+            checkpoint.latest(checkpointer, tree(0), SHARDING)
+    assert files(folder) == before
+
+
 def test_another_shape_is_not_taken(saved, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(saved, folder)

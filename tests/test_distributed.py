@@ -67,11 +67,31 @@ def job(argv):
     with checkpoint.open(folder, 2) as checkpointer:
         loaded, facts = checkpoint.latest(checkpointer, arrays, devices.replicated)
     assert np.array_equal(loaded["a"], np.arange(5.0)) and facts["who"] == 0
+    # Where one of them cannot read the newest, both stop, and it stays.
+    with checkpoint.open(folder, 2) as checkpointer:
+        checkpoint.save(checkpointer, 2, arrays, {})
+    with checkpoint.open(folder, 2) as checkpointer:
+        if me == 1:
+            load = checkpoint._load
+
+            def broken(checkpointer, number, like):
+                if number == 2:
+                    raise OSError("stale")
+                return load(checkpointer, number, like)
+
+            checkpoint._load = broken
+        try:
+            checkpoint.latest(checkpointer, arrays, devices.replicated)
+        except aim_jax.InputError as error:
+            assert f"the same newest checkpoint (here {2 - me})" in str(error)
+        else:
+            raise AssertionError("not noticed")
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
     # Both hear of a signal to one of them, and at the same call, after a checkpoint too.
     for call in range(1000):
         if call == 30:
             with checkpoint.open(folder, 2) as checkpointer:
-                checkpoint.save(checkpointer, 2, arrays, {})
+                checkpoint.save(checkpointer, 3, arrays, {})
             if me == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)  # in which JAX tells both
