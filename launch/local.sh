@@ -45,6 +45,10 @@ for ((i = 0; i < processes; i++)); do
         status=0
         wait -n || status=$?
     done
-    [ "$status" = 0 ] || break
+    [ "$status" = 0 ] || {
+        echo "a process ended with status $status; what others than the first said is in" \
+            "$workdir.process-*.log" >&2
+        break
+    }
 done
 exit "$status"

@@ -129,7 +129,9 @@ def test_local_ends_when_a_process_fails(project):
         "#!/usr/bin/env bash\n"
         'case "$*" in *--process=1) exit 3 ;; *) exec sleep 600 ;; esac\n'
     )
-    assert bash(project, "local.sh", *JOB).returncode == 3
+    done = bash(project, "local.sh", *JOB)
+    assert done.returncode == 3
+    assert "status 3; what others than the first said is in runs/x.p" in done.stderr
 
 
 def test_local_waits_after_an_interrupt_until_all_is_saved(project):
