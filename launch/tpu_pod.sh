@@ -33,6 +33,7 @@ done
 { [ "$name" ] && [ "$zone" ] && [ "$type" ] && [[ $workdir == runs/?* ]]; } || usage
 tpu=(gcloud compute tpus tpu-vm)
 where=("$name" "--zone=$zone")
+apt=https://packages.cloud.google.com/apt
 
 # READY, PREEMPTED, ..., or nothing where there is no such slice.
 state() {
@@ -62,6 +63,12 @@ provide() {
 { python3 -m pip install -q uv && python3 -m uv venv -q --clear --seed --python 3.12 .venv; }; } && \
 .venv/bin/pip install -q -r requirements.txt 'jax[tpu]'"
     if [ "$bucket" ]; then
+        # Not on every image.
+        everywhere "command -v gcsfuse || \
+{ echo deb [signed-by=/usr/share/keyrings/gcsfuse.asc] $apt gcsfuse-\$(lsb_release -cs) main | \
+sudo tee /etc/apt/sources.list.d/gcsfuse.list && \
+curl -fsS $apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null && \
+sudo apt-get -q update && sudo apt-get -qy install gcsfuse; }"
         everywhere "cd aim_jax && mkdir -p runs && \
 (mountpoint -q runs || gcsfuse --implicit-dirs --rename-dir-limit=10000 $(printf %q "$bucket") runs)"
     fi

@@ -220,34 +220,48 @@ def test_tpu_pod_would_create_install_run_fetch_and_delete(project):
     assert not [line for line in kept if "delete" in line or "gcsfuse" in line]
 
 
-# On a worker; an environment that it makes has a stand-in for pip.
+# On a worker; an environment that it makes has a stand-in for pip, and gcsfuse is there once
+# it is installed.
 WORKER = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$HOME/calls"
 case "$*" in
--c*) exit $OLD ;;
+-c*) exit ${OLD:-0} ;;
+*"install gcsfuse") cp "$0" "$HOME/bin/gcsfuse" ;;
 *venv*) mkdir -p .venv/bin && cp "$0" .venv/bin/pip ;;
 esac
 """
+
+
+def on_worker(project, line, **env):
+    """What a worker calls for a line of tpu_pod.sh."""
+    for name in ("python3", "tar", "sudo", "curl", "lsb_release"):
+        program = project / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(WORKER)
+        program.chmod(0o755)
+    path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = shlex.split(line)[-1].removeprefix("--command=")
+    env = os.environ | {"HOME": str(project), "PATH": path} | env
+    subprocess.run(["bash", "-c", command], cwd=project, env=env, check=True)
+    return "\n".join(calls(project)) if (project / "calls").exists() else ""
 
 
 @pytest.mark.parametrize("old", ["0", "1"])
 def test_tpu_pod_makes_an_environment_of_a_python_that_will_do(project, old):
     lines = dry(project, "tpu_pod.sh", *TPU, *JOB)
     (line,) = (x for x in lines if "requirements.txt" in x)
-    command = shlex.split(line)[-1].removeprefix("--command=")
-    for name in ("python3", "tar"):
-        program = project / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(WORKER)
-        program.chmod(0o755)
-    path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"HOME": str(project), "PATH": path, "OLD": old}
     for again in (False, True):
-        subprocess.run(["bash", "-c", command], cwd=project, env=env, check=True)
-        told = "\n".join(calls(project))
+        told = on_worker(project, line, OLD=old)
         made = "-m uv venv" if old == "1" else "-m venv"
         assert (f"python3 {made}" in told) != again
         assert "pip install -q -r requirements.txt jax[tpu]" in told
+
+
+def test_tpu_pod_installs_gcsfuse_where_it_is_not(project):
+    lines = dry(project, "tpu_pod.sh", *TPU, "--bucket", "b", *JOB)
+    (line,) = (x for x in lines if "apt-get" in x)
+    assert "sudo apt-get -qy install gcsfuse" in on_worker(project, line)
+    assert not on_worker(project, line)
 
 
 # A slice that is preempted during the first run; it writes down what was asked of it.
