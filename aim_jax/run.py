@@ -663,10 +663,7 @@ def held_out_scores(
 def kept(
     file: pathlib.Path, make: Callable[[], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """The predictions in `file`, which are made if it is not there.
-
-    Of several processes the first decides, and only then do others look for it.
-    """
+    """The predictions in `file`, which are made if the first process does not see it."""
     if not parallel.agreed(file.is_file()):
         rows = make()
         logs.write_rows(file, rows)
