@@ -158,6 +158,9 @@ def run(
         if cfg.eval.fwt and metrics.fwt(matrix, [0.0] * len(counts)) is not None:
             single = facts["single"]
             for number in range(len(single), len(counts)):
+                # It has checkpoints of its own, and of several processes none can finish
+                # two of them at once: Orbax's barriers have the same names.
+                checkpoint.wait(checkpointer)
                 single.append(single_score(job, number, inputs, seconds))
                 save(place)
         count()

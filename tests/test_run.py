@@ -605,6 +605,25 @@ def test_processes_that_were_not_given_the_same(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_single_tasks_begin_when_all_is_saved(tmp_path, monkeypatch):
+    seen = []
+    for function in (checkpoint.save, checkpoint.wait):
+        name = function.__name__
+
+        def spy(*args, name=name, function=function):
+            seen.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(checkpoint, name, spy)
+    monkeypatch.setattr(
+        run, "evaluate_task", lambda job, number, *_: [0.5] * (number + 1)
+    )
+    monkeypatch.setattr(run, "single_score", lambda *_: seen.append("single") or 0.5)
+    run.run(make(eval__fwt=True, train__epochs=0), tmp_path / "run")
+    told = " ".join(seen)
+    assert told.count("wait single save") == len(TASKS) == told.count("single")
+
+
 def test_labels_that_no_answer_is_long_enough_for(tmp_path):
     job = jobs.prepare(make(), tmp_path / "run")
     task = job.stream[0]
