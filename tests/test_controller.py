@@ -197,7 +197,7 @@ def test_fusion_weights(flag, interval, expected):
         (8, 1.0, 1.0, 8),
         (8, 1.0, 3.0, 2),  # rounded down
         (3, 1.0, 2.0, 2),  # not below min_interval
-        (90, 1.0, 1.0, 45),  # 64 and more is halved
+        (91, 1.0, 1.0, 45),  # 64 and more is halved
         (128, 1.0, 2.0, 32),
         (8, 2.0, 1.0, 24),  # slower: S (p/b + 1)
         (70, 1.5, 1.0, 128),  # S (p/b + 0.5), and not above max_interval
@@ -242,6 +242,7 @@ def test_paper_divides_by_the_steps_taken():
     control = controller.Controller(8, 8, 28, last=20)
     assert controller.divisor(control, PAPER, 31) == 11
     assert controller.divisor(control, RELEASE, 31) == 8
+    assert controller.divisor(controller.start(PAPER), PAPER, 31) == 31
 
 
 @pytest.mark.parametrize(
