@@ -464,8 +464,8 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
     """
     job, task = bench.job, bench.task
     # It probes and never merges, so that all ways do the same work.
-    watcher = methods.Method(memory=True, probe=1)
-    watched = dataclasses.replace(job, method=watcher)
+    hooks = dict.fromkeys(("before_task", "after_step", "after_task", "status"))
+    watched = dataclasses.replace(job, method=job.method._replace(probe=1, **hooks))
     start = run.beginning(watched)
     total = batches.total_steps(len(task.train), job.cfg.train)
     ready = [
@@ -487,7 +487,7 @@ def idle(bench: Bench, rounds: int) -> dict[str, Any]:
         after, read = start.state._replace(total=np.int32(total)), []
         after = parallel.replicate(after, job.devices)
         for batch, memory in ready:
-            given = job.base.params, after, (), batch, memory
+            given = job.base.params, after, start.memo.arrays, batch, memory
             after, measures = job.steps.train(*given)
             read.append(measures)
         return after, read

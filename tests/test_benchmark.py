@@ -14,7 +14,7 @@ from fixtures import make_models
 import aim_jax
 from aim_jax import benchmark, config, jobs, parallel, plan, run
 from aim_jax.data import batches
-from aim_jax.methods import sequential
+from aim_jax.methods import recurrent_kif, sequential
 from aim_jax.models import hf
 
 SHAPE = benchmark.Shape(rows=4, length=16, target=4)
@@ -294,8 +294,9 @@ def test_every_way_does_the_same_work_and_is_timed(monkeypatch):
         return after
 
     monkeypatch.setattr(run, "train", watched)
-    bench = benchmark.real(test_run.make(train__epochs=1), 2)
-    made = benchmark.idle(bench, rounds)
+    # A method whose compiled step carries something on.
+    cfg = test_run.make(recurrent_kif.Options(), train__epochs=1)
+    made = benchmark.idle(benchmark.real(cfg, 2), rounds)
 
     plain, speculative = ends[False], ends[True]
     assert len(plain) == len(speculative) == rounds + 1  # the first is not timed
