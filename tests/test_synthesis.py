@@ -24,6 +24,7 @@ def test_the_frame_is_what_all_inputs_have_in_whole_words():
         ["one alone"],
         ["one", "two"],
         ["a b", "a b"],
+        ["a: \nb", "a: c\nb"],  # which is all of the first
     ):
         assert synthesis.frame(inputs) == nothing, inputs
 
