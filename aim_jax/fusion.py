@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 import aim_jax
 
@@ -25,6 +26,7 @@ Tree = Any
 ROWS = 64  # of a product that are in memory at once
 OVERSAMPLE = 8  # columns beside those of the factors, to find a product's range with
 POWER_STEPS = 4  # passes over a product that turn the guess of its row space to it
+_flat = functools.partial(traverse_util.flatten_dict, sep="/")
 
 
 @jax.jit
@@ -611,7 +613,7 @@ def _check_tree(name: str, tree: Tree, other: str, like: Tree, ranks: bool) -> N
     """
 
     def shapes(tree: Tree) -> dict[str, list]:
-        found = {path: list(x.shape) for path, x in _leaves(tree)}
+        found = {path: list(x.shape) for path, x in sorted(_flat(tree).items())}
         for path, shape in found.items():
             if ranks:
                 shape[-2 if path.endswith("a") else -1] = "r"
@@ -626,20 +628,13 @@ def _check_tree(name: str, tree: Tree, other: str, like: Tree, ranks: bool) -> N
             raise aim_jax.InputError(
                 f"{name}: {path} is {_text(shape)}, but {_text(theirs[path])} in {other}"
             )
-    for path, good in _leaves(jax.device_get(_finite(tree))):
+    for path, good in _flat(jax.device_get(_finite(tree))).items():
         if not good:
             raise aim_jax.InputError(f"{name}: values that are not finite in {path}")
 
 
 def _text(shape: list) -> str:
     return f"({', '.join(map(str, shape))})"
-
-
-def _leaves(tree: Tree) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
 
 
 @jax.jit
