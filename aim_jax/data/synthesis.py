@@ -160,7 +160,7 @@ def kmeans(
     labels = None
     for _ in range(ROUNDS):
         before, labels = labels, squared(centres).argmin(1)
-        if before is not None and (before == labels).all():
+        if np.array_equal(before, labels):
             break
         for cluster in np.unique(labels):
             centres[cluster] = x[labels == cluster].mean(0)
