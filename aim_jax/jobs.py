@@ -90,10 +90,11 @@ def open_devices(cfg: config.Config) -> parallel.Devices:
 def load_model(cfg: config.Config) -> Loaded:
     """Base and tokenizer, and the functions over them, compiled lazily."""
     devices = open_devices(cfg)
-    base = hf.load(cfg.model, devices)
+    family, model = hf.build(cfg.model, devices)
+    lora.targets(family.keys(model.config), cfg.lora)
     folder = hf.directory(cfg.model.path)
     tokenizer = batches.tokenizer(folder)
-    lora.targets(base.keys, cfg.lora)
+    base = hf.load(cfg.model, devices)  # after what can be refused without weights
     method = methods.module(cfg.method.name).make(cfg.method)
     compiled = plain = compile_steps(base, cfg, devices, method)
     if method.compose or method.penalty or method.gradients:
@@ -166,15 +167,15 @@ def prepare(
     for metric in {task.metric for task in [*stream, *held]}:
         # Shows a missing package now and not after hours of training.
         metrics.score_row(metric, "", "")
+    method, start = methods.module(cfg.method.name).make(cfg.method), None
+    kept = remember(cfg.memory, stream) if method.memory else []
+    if cfg.lora.path is not None:
+        start = hf.start(cfg.lora, cfg.model)
     loaded = load(config.override(cfg, "train.seed=0"))
-    base, devices, text = loaded.base, loaded.devices, loaded.text
+    start = parallel.replicate(start, loaded.devices)
+    text = loaded.text
     encoded = (batches.encode(text, task.train) for task in stream)
     text = text._replace(longest=max(batches.longest(text, e) for e in encoded))
-    start = None
-    if cfg.lora.path is not None:
-        start = hf.start(cfg.lora, base.params, base.keys)
-        start = parallel.replicate(start, devices)
-    kept = remember(cfg.memory, stream) if loaded.method.memory else []
     return Job(
         cfg=cfg,
         folder=folder,

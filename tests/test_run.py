@@ -243,8 +243,11 @@ def test_no_epochs_evaluate_an_adapter(sequence, tmp_path):
         assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_an_adapter_of_other_settings(sequence, tmp_path):
-    """The error says what to set; nothing is written."""
+def test_an_adapter_of_other_settings(sequence, tmp_path, monkeypatch):
+    """The error says what to set, before weights are read; nothing is written."""
+    monkeypatch.setattr(hf, "load", None)
+    with pytest.raises(aim_jax.InputError, match="lora.target: no module 'q_proj'"):
+        run.run(plain(lora__target=("q_proj",)), tmp_path / "run")
     start = next((sequence[0] / "adapters").glob("00-*"))
     cfg = plain(lora__path=str(start), lora__r=4, lora__target=("q",))
     with pytest.raises(

@@ -411,16 +411,15 @@ def load_adapter(
     return unflatten(flat), cfg
 
 
-def start(
-    cfg: config.Lora, params: dict[str, Any], keys: dict[str, str]
-) -> dict[str, Any]:
+def start(cfg: config.Lora, base: config.Model) -> dict[str, Any]:
     """The delta of the adapter `lora.path`, to continue or to evaluate.
 
-    Raises InputError as `load_adapter`, and where `cfg` says other than the adapter, with
-    the settings to give; its dropout may be another.
+    Of the base no weight is read. Raises InputError as `load_adapter`, and where `cfg` says
+    other than the adapter, with the settings to give; its dropout may be another.
     """
     folder = snapshot(cfg.path, "lora.path", ADAPTER_FILES)
-    delta, own = load_adapter(folder, params, keys)
+    family, model = build(base)
+    delta, own = load_adapter(folder, abstract(model), family.keys(model.config))
     told = []
     if sorted(own.target) != sorted(cfg.target):
         told.append(f"--set lora.target={','.join(own.target)}")
