@@ -600,10 +600,13 @@ def synthesise(
     base_alone = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), place.state.delta)
     seed = jax.random.fold_in(jax.random.key(key[0]), key[1])
     keys = (jax.random.fold_in(seed, call) for call in itertools.count())
+    # A prompt that is cut shows no rows, and what is cut is no measure of what fits.
+    data = dataclasses.replace(job.text.data, max_test_input=1 << 30)
+    whole = job.text._replace(data=data)
 
     def encoded(inputs: Sequence[str]) -> list[batches.Example]:
         rows = [{"id": "", "input": text, "output": ""} for text in inputs]
-        return batches.encode(job.text, rows, truncate=False)
+        return batches.encode(whole, rows, truncate=False)
 
     def texts(
         decoder: evaluate.Decoder, delta: Tree, inputs: Sequence[str], key: Any = None

@@ -670,6 +670,33 @@ def test_a_model_that_writes_nothing_for_the_memory_is_told(
     assert [line.startswith(text) for line in told] == [True]
 
 
+def test_what_the_model_reads_to_write_a_memory_is_not_cut(tmp_path, monkeypatch):
+    lengths, long = [], "many words " * 50
+
+    def decoded(job, decoder, delta, examples, key=None):
+        lengths.append(max(len(e.inputs) for e in examples))
+        return [np.zeros(0, np.int32)] * len(examples)
+
+    def write(name, shown, cfg, key, gaps, sample, fits, embed, answer):
+        assert fits([long, "a few words"]) == [False, True]
+        assert sample([long]) == [""]
+        return []
+
+    monkeypatch.setattr(run, "decoded", decoded)
+    monkeypatch.setattr(run.synthesis, "write", write)
+    cfg = make(
+        data__tasks=TASKS[:2],
+        data__limit_test=1,
+        data__max_input=32,
+        data__max_test_input=16,
+        memory__source="model",
+        train__epochs=1,
+    )
+    run.run(cfg, tmp_path / "run")
+    tested, shown, both = lengths
+    assert tested == both == 16 and shown > 100
+
+
 def test_a_run_may_have_the_name_of_what_runs_share(tmp_path):
     for name in ("other", "single", ".single"):
         (tmp_path / ".single").mkdir(exist_ok=True)
