@@ -80,7 +80,7 @@ def run(
             write_report(folder)
         return done
     sections = {f"config {name}": x for name, x in config.to_json(cfg).items()}
-    check_alike(sections | versions() | {"python": None})  # any will do
+    check_given(sections | versions() | {"python": None})  # any will do
     began = time.perf_counter()
     job = jobs.prepare(cfg, folder, load)
     for task in (*job.stream, *job.held_out):
@@ -91,7 +91,7 @@ def run(
                 f" answer may be (eval.max_length={cfg.eval.max_length}); they score 0"
             )
     inputs = jobs.fingerprints(job)
-    check_alike(inputs)
+    check_given(inputs)
     with (
         hold(job),
         checkpoint.open(folder / "checkpoints", cfg.checkpoint.keep) as checkpointer,
@@ -241,7 +241,7 @@ def check_shared(folder: pathlib.Path, done: bool) -> None:
             token.unlink(missing_ok=True)
 
 
-def check_alike(told: dict[str, Any]) -> None:
+def check_given(told: dict[str, Any]) -> None:
     """Raise InputError, in every process, for what (by name) not all were given alike."""
     found = parallel.differing(told)
     if found:
