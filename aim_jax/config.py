@@ -49,7 +49,7 @@ class Data:
     limit_dev: int | None = None
     limit_test: int | None = None
     seed: int = 0  # of the generated tasks
-    max_input: int = 1024
+    max_input: int = 1024  # of a training row; a longer one loses its end
     max_target: int = 128
     max_test_input: int = 8192  # beyond any row of the published benchmarks
     buckets: tuple[int, ...] = (64, 128, 192, 256, 384, 576, 768, 1024)

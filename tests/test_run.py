@@ -643,13 +643,22 @@ def test_labels_that_no_answer_is_long_enough_for(tmp_path):
 
 
 @pytest.mark.parametrize(("day", "silent"), [(6, True), (7, False)])
-def test_a_task_too_short_for_a_rehearsal_is_told(tmp_path, capsys, day, silent):
+def test_what_a_task_goes_without_is_told(tmp_path, capsys, day, silent):
     method = step_ebbinghaus.Options(calibration=day, rehearsal=1)
-    cfg = make(method, data__tasks=TASKS[:2], data__limit_test=1, train__epochs=1)
+    cfg = make(
+        method,
+        data__tasks=TASKS[:2],
+        data__limit_test=1,
+        data__max_input=16,
+        train__epochs=1,
+    )
     run.run(cfg, tmp_path / "run")
     # Never of the first task, before which there is nothing to rehearse.
     text = f"{TASKS[1]}: method step_ebbinghaus came to no rehearsal in its 6 steps; "
-    told = [line for line in capsys.readouterr().out.split("\n") if "rehears" in line]
+    out = capsys.readouterr().out
+    cut = "24 of 24 train inputs reach data.max_input=16 tokens; longer ones lose"
+    assert f"{TASKS[0]}: {cut}" in out
+    told = [line for line in out.split("\n") if "rehears" in line]
     assert len(told) == (0 if silent else 1)
     assert all(line.startswith(text) for line in told)
 
