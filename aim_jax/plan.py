@@ -451,19 +451,12 @@ def _sizes(shapes: str) -> list[int]:
 
 
 class _Instruction(NamedTuple):
-    """Of HLO text: its result is `kind` of the operands; free: no kernel runs for it.
+    """Of HLO text: its result is `kind` of the operands; free: no kernel runs for it."""
 
-    sizes: bytes of each array of the result; an operand `name#k` is the k-th of `name`.
-    """
-
-    sizes: list[int]
+    bytes: int
     kind: str
     operands: list[str]
     line: str
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes)
 
     @property
     def free(self) -> bool:
@@ -472,7 +465,7 @@ class _Instruction(NamedTuple):
 
 FREE = {
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"),
-    *("while", "conditional", "call", "async-start"),
+    *("while", "conditional", "call"),
 }
 
 
@@ -489,8 +482,8 @@ def _instructions(body: str) -> dict[str, _Instruction]:
             name, shapes, kind, operands = parsed.groups()
             if "cublas" in line:  # beside its result a place to work in
                 shapes = re.sub(r"s8\[\d+\]", "", shapes)
-            operands = re.findall(r"%([\w.\-#]+)", operands)
-            found[name] = _Instruction(_sizes(shapes), kind, operands, line)
+            operands = re.findall(r"%([\w.\-]+)", operands)
+            found[name] = _Instruction(sum(_sizes(shapes)), kind, operands, line)
     return found
 
 
@@ -530,21 +523,17 @@ def moved_bytes(text: str, turns: int = 1) -> float:
         inputs = [name for name, each in body.items() if each.kind == "parameter"]
         return sum(map(read, inputs)) + written(list(body)[-1])
 
-    def held(body: dict[str, _Instruction], operand: str) -> int:
-        name, _, part = operand.partition("#")
-        return body[name].sizes[int(part)] if part else body[name].bytes
-
     def moved(name: str) -> float:
         total = 0.0
-        body = inside[name]
-        for each in body.values():
+        for each in inside[name].values():
             called = _calls(each.line, parts, turns)
-            if each.kind == "fusion":
-                total += sum(fusion(inside[part]) for part, _ in called)
+            if each.kind in ("fusion", "fusion-start"):
+                total += sum(fusion(inside[body]) for body, _ in called)
             elif each.free:
-                total += sum(times * moved(part) for part, times in called)
+                total += sum(times * moved(body) for body, times in called)
             else:
-                total += each.bytes + sum(held(body, x) for x in each.operands)
+                operands = (inside[name][x].bytes for x in each.operands)
+                total += each.bytes + sum(operands)
         return total
 
     return moved(entry)
