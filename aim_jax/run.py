@@ -388,12 +388,12 @@ def train_task(
     before = seconds["train"]
     task = jobs.lesson(job, number)
     bar.set_description(f"task {number + 1}/{len(job.stream)} {task.name}")
-    longest = job.cfg.data.max_input
-    cut = sum(len(example.inputs) == longest for example in task.train)
+    limit = job.cfg.data.max_input
+    cut = sum(len(example.inputs) == limit for example in task.train)
     if cut:
         bar.write(
             f"{task.name}: {cut} of {len(task.train)} train inputs reach data.max_input="
-            f"{longest} tokens; longer ones lose their end"
+            f"{limit} tokens; longer ones lose their end"
         )
 
     def log(file: str, row: dict[str, Any]) -> None:
